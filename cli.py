@@ -1,13 +1,51 @@
-"""The `llama-export` command: argument handling and progress, nothing else."""
+"""The `llama-export` command: argument handling and nothing else.
+
+Each command imports what it does when it is called, so that `--help` stays quick and a device needs no build packages.
+"""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
 
 import click
 
 from . import __version__
+from .cli_support import Group, json_option, need_extra, quiet_option
+from .progress import Terminal
+
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
 
 
-@click.group()
-@click.version_option(__version__, prog_name="llama-export")
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, "-V", "--version", prog_name="llama-export")
 def main() -> None:
     """Turn a Llama checkpoint into a bundle that a device runs without PyTorch, and prove it there."""
+
+
+@main.command()
+@click.option("-m", "--model", required=True, help="A checkpoint's folder, a GGUF file, or an id on the hub.")
+@click.option("-t", "--target", required=True, help="A name from `targets`, `host`, or a TOML file of your own.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle's folder, made here.")
+@click.option(
+    "--precision", type=click.Choice(PRECISIONS), help="Of the weights; default: the target's, or the GGUF's own."
+)
+@click.option("--context", type=click.IntRange(min=1), help="Most tokens; default: what model and target allow.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Most texts at once.")
+@click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option("--token", help="Access token for the hub; default: HF_TOKEN.")
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="Where downloads are kept; default: below HF_HOME.")
+@click.option("--no-reference", is_flag=True, help="Leave out PyTorch's answers: quicker, but `verify` cannot compare.")
+@click.option("--force", is_flag=True, help="Replace a bundle that is there already.")
+@json_option
+@quiet_option
+def build(*, no_reference: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Turn a checkpoint into a bundle for a target."""
+    need_extra("build,cpu", ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"), "Building a bundle")
+    from .export.build import BuildOptions
+    from .export.build import build as build_bundle
+
+    with Terminal(quiet=quiet) as progress:
+        report = build_bundle(BuildOptions(reference=not no_reference, **options), progress=progress)
+    click.echo(json.dumps(report.to_json(), indent=2) if as_json else "\n".join(report.lines()))

@@ -1,0 +1,117 @@
+"""What every command shares: how errors end it, options that several have, and the check for an extra's packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from .errors import LlamaExportError, did_you_mean
+
+_DEBUG = "llama_export.debug"
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class Failure(click.ClickException):
+    """An error on its way to the user: click prints "Error: message" on stderr and exits with `code`."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.exit_code = code  # type: ignore[misc]  # click declares it for the class, and reads it from the instance
+
+
+class Interrupted(Failure):
+    """Ctrl-C: one line, and the exit code that shells give for SIGINT."""
+
+    def __init__(self) -> None:
+        super().__init__("Interrupted.", 130)
+
+    def show(self, file: Any = None) -> None:
+        # A terminal has just echoed ^C without a line end.
+        click.echo("\nInterrupted." if sys.stderr.isatty() else "Interrupted.", file=file, err=True)
+
+
+def _debug_option() -> click.Option:
+    def remember(context: click.Context, _: click.Parameter, value: bool) -> None:
+        if value:
+            context.meta[_DEBUG] = True
+
+    return click.Option(
+        ["--debug"],
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=remember,
+        envvar="LLAMA_EXPORT_DEBUG",
+        help="Show the traceback of an error.",
+    )
+
+
+class Command(click.Command):
+    """A command of ours."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(_debug_option())
+
+
+class Group(click.Group):
+    """The pipeline of commands: offers close names, and turns our errors into one sentence and an exit code."""
+
+    command_class = Command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            known = self.list_commands(ctx)
+            hint = did_you_mean(name, known)
+            raise click.UsageError(f"There is no command {name!r}.{hint} Commands: {', '.join(known)}.", ctx)
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LlamaExportError as error:
+            _fail(ctx, str(error), error.exit_code)
+        except BrokenPipeError:
+            raise  # click ends quietly: the reader of our output has seen enough
+        except OSError as error:
+            if error.strerror is None:
+                raise
+            _fail(ctx, f"{error.strerror}: {error.filename}." if error.filename else f"{error.strerror}.", 1)
+        except KeyboardInterrupt:
+            if ctx.meta.get(_DEBUG):
+                traceback.print_exc()
+            raise Interrupted from None
+
+
+def _fail(ctx: click.Context, message: str, code: int) -> NoReturn:
+    if ctx.meta.get(_DEBUG):
+        traceback.print_exc()
+    raise Failure(message, code) from None
+
+
+def json_option(function: _Function) -> _Function:
+    """The flag `--json` as the argument `as_json`: the result as one JSON document on stdout."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
+
+
+def quiet_option(function: _Function) -> _Function:
+    """The flag `--quiet`: nothing on stderr but warnings and errors."""
+    return click.option("-q", "--quiet", is_flag=True, help="No progress, only warnings and errors.")(function)
+
+
+def need_extra(extra: str, modules: Iterable[str], purpose: str) -> None:
+    """Raise LlamaExportError with the pip command unless every one of `modules`, which `extra` installs, is here."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise LlamaExportError(
+            f"{purpose} needs packages that are not installed here ({', '.join(missing)}): "
+            f"run `pip install 'llama-export[{extra}]'`."
+        )

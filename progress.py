@@ -1,0 +1,152 @@
+"""How long work tells what it is doing: results go to stdout, all of this goes to stderr."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, TextIO
+
+REDRAW_SECONDS = 0.1
+CLEAR_LINE = "\r\x1b[K"
+YELLOW, PLAIN = "\x1b[33m", "\x1b[0m"
+
+
+class Progress(Protocol):
+    """What a long step is given to report to; every method returns at once."""
+
+    def stage(self, title: str) -> None:
+        """Begin a step, and with it end the one before."""
+
+    def advance(self, done_bytes: int, total_bytes: int) -> None:
+        """Say how much of the current step's bytes are done; may be called often."""
+
+    def note(self, text: str) -> None:
+        """Say something worth knowing that needs no action."""
+
+    def warn(self, text: str) -> None:
+        """Say something that the user may want to change."""
+
+
+class Silent:
+    """Reports nothing: the default for callers from Python."""
+
+    def stage(self, title: str) -> None:
+        pass
+
+    def advance(self, done_bytes: int, total_bytes: int) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def warn(self, text: str) -> None:
+        pass
+
+
+@dataclass
+class _Stage:
+    title: str
+    began: float
+    drawn: float = 0.0
+    total_bytes: int = 0
+
+
+class Terminal:
+    """Writes to a stream: one redrawn line where it is a terminal, one plain line at each stage's end elsewhere.
+
+    As a context manager it ends the last stage: with its time, or, after an error, without calling it done.
+    `quiet` leaves only warnings. Colour is used on a terminal unless NO_COLOR is set.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._redraws = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._colours = self._redraws and not os.environ.get("NO_COLOR")
+        self._quiet = quiet
+        self._stage: _Stage | None = None
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self._end_stage()
+        else:
+            self._clear()
+            self._stage = None
+
+    def stage(self, title: str) -> None:
+        self._end_stage()
+        if self._quiet:
+            return
+        self._stage = _Stage(title, time.monotonic())
+        self._draw(self._stage, title)
+
+    def advance(self, done_bytes: int, total_bytes: int) -> None:
+        stage = self._stage
+        if stage is None:
+            return
+        stage.total_bytes = total_bytes
+        now = time.monotonic()
+        if not self._redraws or now - stage.drawn < REDRAW_SECONDS:
+            return
+        stage.drawn = now
+        self._draw(stage, f"{stage.title}  {progress_figures(done_bytes, total_bytes, now - stage.began)}")
+
+    def note(self, text: str) -> None:
+        if not self._quiet:
+            self._line(text)
+
+    def warn(self, text: str) -> None:
+        label = f"{YELLOW}Warning:{PLAIN}" if self._colours else "Warning:"
+        self._line(f"{label} {text}")
+
+    def _end_stage(self) -> None:
+        stage, self._stage = self._stage, None
+        if stage is None:
+            return
+        seconds = time.monotonic() - stage.began
+        speed = f", {stage.total_bytes / 1e6 / seconds:,.0f} MB/s" if stage.total_bytes and seconds > 0.5 else ""
+        self._line(f"{stage.title}  {seconds:.1f} s{speed}")
+
+    def _line(self, text: str) -> None:
+        self._clear()
+        self._write(f"{text}\n")
+        if self._stage is not None:
+            self._draw(self._stage, self._stage.title)
+
+    def _draw(self, stage: _Stage, text: str) -> None:
+        if self._redraws:
+            width = shutil.get_terminal_size().columns - 1
+            self._write(f"{CLEAR_LINE}{text[:width]}")
+
+    def _clear(self) -> None:
+        if self._redraws:
+            self._write(CLEAR_LINE)
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
+def progress_figures(done_bytes: int, total_bytes: int, seconds: float) -> str:
+    """ "42 %  118 MB/s  7 s left" for a step that has moved `done_bytes` of `total_bytes` in `seconds`."""
+    percent = f"{100 * done_bytes // total_bytes if total_bytes else 100:3d} %"
+    if seconds <= 0 or done_bytes <= 0:
+        return percent
+    speed = done_bytes / seconds
+    return f"{percent}  {speed / 1e6:,.0f} MB/s  {clock((total_bytes - done_bytes) / speed)} left"
+
+
+def clock(seconds: float) -> str:
+    """A duration as "7 s", "3:05 min" or "1:02:03 h"."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d} h" if hours else f"{minutes}:{rest:02d} min"
