@@ -1,0 +1,277 @@
+"""Safetensors files, one or several, read row by row with `pread`.
+
+The format: https://huggingface.co/docs/safetensors, eight bytes of header length, a JSON header, then the data. Never
+mapped into memory, because file-mapped pages count as resident and a streamed build would seem, and on small machines
+be, as large as its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import LlamaExportError
+from ..optimize.tensors import Float32, SourceTensor
+
+INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_MOST_JSON = 25_000_000
+"""Bytes of a header or index that are parsed; real ones have some hundred thousand."""
+_CHUNK = 1 << 18
+"""Elements converted at a time, so that 16-bit rows need no second buffer of their size."""
+
+_DTYPES: dict[str, npt.DTypeLike] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_PICKLES = ("pytorch_model*.bin", "consolidated*.pth", "*.pt", "*.ckpt")
+
+
+def open_safetensors(folder: Path) -> dict[str, SourceTensor]:
+    """Return the tensors of the safetensors files of a checkpoint folder, checked as far as headers allow.
+
+    `model.safetensors`, or the shards of `model.safetensors.index.json`, or shards without an index, or the only
+    safetensors file there is. Files stay open as long as a tensor of theirs lives.
+    Raises LlamaExportError that names the file when there are none, one is missing, truncated or broken.
+    """
+    index = folder / INDEX
+    if not (folder / _SINGLE).is_file() and index.is_file():
+        return _indexed(folder, _read_index(index))
+    tensors: dict[str, SourceTensor] = {}
+    for path in _unindexed_files(folder):
+        found = open_file(path)
+        if doubles := sorted(tensors.keys() & found.keys()):
+            raise LlamaExportError(
+                f"The tensor {doubles[0]} is in {path} and in another safetensors file of that folder; keep one "
+                f"checkpoint in the folder, or add its {INDEX}."
+            )
+        tensors.update(found)
+    return tensors
+
+
+def open_file(path: Path) -> dict[str, SourceTensor]:
+    """Return the tensors of one safetensors file.
+
+    Raises LlamaExportError when the file is truncated, or its header is not one of this format.
+    """
+    file = _File(path)
+    return {
+        name: SourceTensor(name, entry.shape, entry.dtype, partial(_read_rows, file, entry))
+        for name, entry in _read_header(file).items()
+    }
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor in a file: `offset` is that of its first byte from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+class _File:
+    """A file open for positioned reads from any thread; closed when the last tensor of it goes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise LlamaExportError(
+                f"Cannot read {path}: {error.strerror}; check the file and its permissions."
+            ) from error
+        weakref.finalize(self, os.close, self._descriptor)
+        self.size = os.fstat(self._descriptor).st_size
+
+    def read_into(self, values: npt.NDArray[Any], offset: int) -> None:
+        """Fill a contiguous one-dimensional array with the bytes from `offset`."""
+        rest = values.view(np.uint8).data
+        while rest:
+            try:
+                count = os.preadv(self._descriptor, [rest], offset)
+            except OSError as error:
+                raise LlamaExportError(f"Reading {self.path} failed: {error.strerror}; check the disk.") from error
+            if count == 0:
+                raise LlamaExportError(
+                    f"{self.path} ended at byte {offset} while it was being read; nothing may change it during a build."
+                )
+            rest, offset = rest[count:], offset + count
+
+
+def _read_rows(file: _File, entry: _Entry, start: int, stop: int) -> Float32:
+    row = math.prod(entry.shape[1:])
+    rows = np.empty((stop - start, *entry.shape[1:]), dtype=np.float32)
+    flat = rows.reshape(-1)
+    stored = np.dtype(_DTYPES[entry.dtype])
+    offset = entry.offset + start * row * stored.itemsize
+    if entry.dtype == "F32":
+        file.read_into(flat, offset)
+        return rows
+    buffer = np.empty(min(_CHUNK, flat.size), dtype=stored)
+    for first in range(0, flat.size, _CHUNK):
+        target = flat[first : first + _CHUNK]
+        part = buffer[: target.size]
+        file.read_into(part, offset + first * stored.itemsize)
+        if entry.dtype == "BF16":  # the upper half of a float32
+            bits = target.view(np.uint32)
+            bits[:] = part
+            bits <<= 16
+        else:
+            target[:] = part
+    return rows
+
+
+def _read_header(file: _File) -> dict[str, _Entry]:
+    if file.size < 8:
+        raise _truncated(file, 8)
+    length = np.empty(1, dtype="<u8")
+    file.read_into(length, 0)
+    data = 8 + int(length[0])
+    if data - 8 > _MOST_JSON:
+        raise _broken(file, f"its header would have {data - 8} bytes")
+    if data > file.size:
+        raise _truncated(file, data)
+    text = np.empty(data - 8, dtype=np.uint8)
+    file.read_into(text, 8)
+    header = _parse(text.tobytes(), file.path)
+    entries = {name: _entry(file, name, value, data) for name, value in header.items() if name != "__metadata__"}
+    end = data
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size)):
+        if entry.offset != end:
+            raise _broken(file, f"the data of {name} does not follow the tensor before it")
+        end += entry.size
+    if end > file.size:
+        raise _truncated(file, end)
+    if end < file.size:
+        raise _broken(file, f"it has {file.size} bytes where its header describes {end}")
+    return entries
+
+
+def _entry(file: _File, name: str, value: Any, data: int) -> _Entry:
+    if not isinstance(value, Mapping):
+        raise _broken(file, f"its header describes {name} wrongly")
+    dtype, shape, offsets = value.get("dtype"), _counts(value.get("shape")), _counts(value.get("data_offsets"))
+    if not isinstance(dtype, str) or shape is None or offsets is None or len(offsets) != 2:
+        raise _broken(file, f"its header describes {name} wrongly")
+    if dtype not in _DTYPES:
+        raise LlamaExportError(
+            f"The tensor {name} in {file.path} is stored as {dtype}, but this version reads {', '.join(_DTYPES)}; take "
+            "the unquantised checkpoint."
+        )
+    begin, end = offsets
+    if end - begin != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
+        raise _broken(file, f"{name} has {end - begin} bytes, which is not {dtype} of shape {list(shape)}")
+    return _Entry(dtype, shape, data + begin, end - begin)
+
+
+def _counts(value: Any) -> tuple[int, ...] | None:
+    if not isinstance(value, list) or len(value) > 8:
+        return None
+    return tuple(value) if all(type(item) is int and 0 <= item < 2**63 for item in value) else None
+
+
+def _indexed(folder: Path, weight_map: Mapping[str, str]) -> dict[str, SourceTensor]:
+    index = folder / INDEX
+    files = sorted(set(weight_map.values()))
+    for file in files:
+        if file in ("", ".", "..") or re.search(r"[/\\\0]", file):
+            raise LlamaExportError(f"{index} names the file {file!r}, but only files of its own folder are read.")
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise LlamaExportError(f"{folder} lacks {_list(missing)}, which {INDEX} names; copy or download all files.")
+    found = {file: open_file(folder / file) for file in files}
+    for name, file in weight_map.items():
+        if name not in found[file]:
+            raise LlamaExportError(
+                f"{index} says that {name} is in {file}, but it is not; index and files are of different checkpoints."
+            )
+    return {name: found[file][name] for name, file in weight_map.items()}
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    size = path.stat().st_size
+    if size > _MOST_JSON:
+        raise LlamaExportError(f"{path} has {size} bytes, but an index has at most {_MOST_JSON}; download it again.")
+    weight_map = _parse(path.read_bytes(), path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise LlamaExportError(f"{path} has no weight_map from tensors to files; download it again.")
+    return weight_map
+
+
+def _unindexed_files(folder: Path) -> list[Path]:
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    names = sorted(path.name for path in folder.glob("*.safetensors") if path.name != "adapter_model.safetensors")
+    shards = [match for name in names if (match := _SHARD.fullmatch(name))]
+    if shards:
+        stem, count = shards[0]["stem"], int(shards[0]["count"])
+        wanted = [f"{stem}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+        if missing := [name for name in wanted if name not in names]:
+            raise LlamaExportError(f"{folder} lacks {_list(missing)}; copy or download all files of the checkpoint.")
+        return [folder / name for name in wanted]
+    if len(names) == 1:
+        return [folder / names[0]]
+    if names:
+        raise LlamaExportError(
+            f"{folder} holds several safetensors files ({_list(names)}) but no {INDEX}; add the index or leave one."
+        )
+    raise LlamaExportError(_no_weights(folder))
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        return (
+            f"{folder} holds its weights as pickle ({pickles[0]}), which can run code and is not read; convert them to "
+            "safetensors first, with save_pretrained of transformers."
+        )
+    if (folder / "adapter_model.safetensors").is_file():
+        return f"{folder} holds a LoRA adapter and no model; name the model that the adapter was trained on."
+    if ggufs := sorted(folder.glob("*.gguf")):
+        return f"{folder} holds GGUF files and no safetensors; name the file, such as {ggufs[0]}."
+    return f"{folder} holds no weights; expected {_SINGLE}, or {INDEX} and the files that it names."
+
+
+def _parse(text: bytes, path: Path) -> dict[str, Any]:
+    """Return the JSON object; a name that stands there twice is refused, since readers disagree on which one counts."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            raise ValueError("a name stands there twice")
+        return values
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise LlamaExportError(
+            f"{path} is broken: its JSON cannot be read ({error}); copy or download the file again."
+        ) from error
+    if not isinstance(value, dict):
+        raise LlamaExportError(f"{path} is broken: its JSON is no object; copy or download the file again.")
+    return value
+
+
+def _truncated(file: _File, expected: int) -> LlamaExportError:
+    return LlamaExportError(
+        f"{file.path} is truncated: expected at least {expected} bytes, found {file.size}; copy or download it again."
+    )
+
+
+def _broken(file: _File, reason: str) -> LlamaExportError:
+    return LlamaExportError(f"{file.path} is broken: {reason}; copy or download the file again.")
+
+
+def _list(names: Iterable[str]) -> str:
+    first, *more = names
+    return f"{first} and {len(more)} more" if len(more) > 1 else " and ".join([first, *more])
