@@ -1,0 +1,90 @@
+"""genai_config.json: what onnxruntime-genai reads to run a bundle of the `ort` dialect.
+
+Format: github.com/microsoft/onnxruntime-genai, src/config.cpp; checked against version 0.18.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from .config import LlamaShape
+
+SAMPLING_DEFAULTS: Mapping[str, Any] = {
+    "do_sample": False,
+    "no_repeat_ngram_size": 0,
+    "repetition_penalty": 1.0,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+}
+"""The sampling settings of generation_config.json that onnxruntime-genai knows too, with the values it takes alone."""
+
+
+def genai_config(
+    shape: LlamaShape,
+    *,
+    context: int,
+    bos_token_id: int | None,
+    eos_token_ids: Sequence[int],
+    pad_token_id: int | None,
+    generation: Mapping[str, Any],
+    provider: Literal["cpu", "cuda"] = "cpu",
+    filename: str = "model.onnx",
+) -> dict[str, Any]:
+    """Return the content of genai_config.json for the graph `filename` beside it.
+
+    context: most positions of the cache, prompt included; onnxruntime-genai allocates all by default.
+    pad_token_id: pads the shorter rows of a batch, on the right; without one (None or negative) the first end token
+        serves, as in onnxruntime-genai's own exports.
+    generation: the content of generation_config.json, may be empty; its sampling settings become the search defaults.
+    """
+    has_pad = pad_token_id is not None and pad_token_id >= 0
+    tokens = {
+        "bos_token_id": bos_token_id,
+        "eos_token_id": list(eos_token_ids) or None,
+        "pad_token_id": pad_token_id if has_pad else next(iter(eos_token_ids), 0),
+    }
+    decoder = {
+        "session_options": {
+            "log_id": "onnxruntime-genai",
+            "provider_options": [] if provider == "cpu" else [{provider: {}}],
+        },
+        "filename": filename,
+        "head_size": shape.head_dim,
+        "hidden_size": shape.hidden,
+        "num_attention_heads": shape.heads,
+        "num_hidden_layers": shape.layers,
+        "num_key_value_heads": shape.kv_heads,
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+    }
+    search = {
+        name: default if generation.get(name) is None else generation[name]
+        for name, default in SAMPLING_DEFAULTS.items()
+    } | {
+        "max_length": context,
+        "min_length": 0,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "past_present_share_buffer": True,  # GroupQueryAttention writes into the cache that it is given
+    }
+    return {
+        "model": {
+            "type": "llama",
+            "vocab_size": shape.vocab,
+            "context_length": context,
+            **{name: value for name, value in tokens.items() if value is not None},
+            "decoder": decoder,
+        },
+        "search": search,
+    }
