@@ -1,0 +1,170 @@
+"""How many tokens a bundle can hold on a target: plain arithmetic over shapes, made before anything is built.
+
+What counts is what ONNX Runtime takes, since it is what runs a bundle today. Its GroupQueryAttention on the CPU writes
+attention scores [batch, heads, chunk, context] in float32, which for long contexts is more than the cache itself; the
+one on CUDA never holds them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..errors import LlamaExportError, UsageError
+from .devices import GB, Target
+from .made import what_is_made
+
+STEP = 256
+"""Contexts that memory decides are multiples of this many tokens."""
+
+PREFILL_CHUNK = 512
+"""Tokens of a prompt that one run takes."""
+
+RUNTIME_BYTES = 150_000_000
+"""Python, NumPy, the tokenizer and ONNX Runtime before a model is loaded."""
+
+CPU_WEIGHT_FACTOR = 1.6
+"""Memory for a byte of weights on the CPU, whose kernels keep repacked copies (measured: 1,276 MB for 806 MB)."""
+
+CACHE_BYTES = {"float32": 4, "float16": 2, "int8": 1}
+
+
+class Shape(Protocol):
+    """What of a model's shape decides its memory; a manifest's shape has it all."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def ffn(self) -> int: ...
+    @property
+    def vocab(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is to run: the model's shape, the bytes of its weights as stored, and how it is run."""
+
+    shape: Shape
+    weight_bytes: int
+    cache_dtype: str
+    batch: int = 1
+    prefill_chunk: int = PREFILL_CHUNK
+
+
+@dataclass(frozen=True)
+class ContextChoice:
+    """context: tokens of prompt and answer together; reason: a sentence; warning: a sentence, or None."""
+
+    context: int
+    reason: str
+    warning: str | None = None
+
+
+def bytes_per_token(shape: Shape, cache_dtype: str) -> int:
+    """Bytes of keys and values that one token leaves in the cache of one text."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * CACHE_BYTES[cache_dtype]
+
+
+def workspace_bytes(load: Load, context: int, *, holds_scores: bool) -> int:
+    """Bytes of activations while the last chunk of a prompt of `context` tokens is read, in the cache's dtype.
+
+    holds_scores: whether attention scores are kept, as on the CPU; they are float32 whatever the dtype.
+    The widest moment is the MLP: gate and up together, their product, and the residual stream around them.
+    """
+    shape, rows = load.shape, load.batch * min(load.prefill_chunk, context)
+    width = 3 * shape.ffn + 4 * shape.hidden + (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    scores = 4 * rows * shape.heads * context if holds_scores else 0
+    logits = 4 * load.batch * shape.vocab
+    return rows * width * CACHE_BYTES[load.cache_dtype] + scores + logits
+
+
+def needed_bytes(target: Target, load: Load, context: int) -> int:
+    """Bytes that the running model takes on `target` when its cache holds `context` tokens a text."""
+    on_cpu = what_is_made(target).providers[0] == "CPUExecutionProvider"
+    weights = int(load.weight_bytes * (CPU_WEIGHT_FACTOR if on_cpu else 1.0))
+    cache = load.batch * context * bytes_per_token(load.shape, load.cache_dtype)
+    return RUNTIME_BYTES + weights + cache + workspace_bytes(load, context, holds_scores=on_cpu)
+
+
+def choose_context(target: Target, load: Load, max_positions: int, requested: int | None = None) -> ContextChoice:
+    """The context of a bundle: `requested`, or the smaller of the model's own and what the target's memory allows.
+
+    Raises UsageError when `requested` is above `max_positions` tokens, and LlamaExportError when nothing was requested
+    and the model leaves no room even for a short text.
+    """
+    if requested is not None:
+        return _requested_context(target, load, max_positions, requested)
+    return default_context(target, load, max_positions)
+
+
+def default_context(target: Target, load: Load, max_positions: int) -> ContextChoice:
+    """The smaller of the model's `max_positions` and what fits the memory, then a multiple of 256.
+
+    Raises LlamaExportError when not even 256 tokens fit (or all of a model that knows fewer).
+    """
+    budget = int(target.usable_gb * GB)
+    needed = needed_bytes(target, load, max_positions)
+    if needed <= budget:
+        reason = f"all that the model knows, which takes {_gb(needed)} of the {_budget(target)}."
+        return ContextChoice(max_positions, f"Context {max_positions:,} tokens: {reason}")
+    sizes = range(STEP, max_positions, STEP)
+    fitting = bisect_right(sizes, budget, key=lambda context: needed_bytes(target, load, context))
+    if fitting == 0:
+        raise LlamaExportError(_does_not_fit(target, load, min(STEP, max_positions)))
+    context = sizes[fitting - 1]
+    weights, tokens = _gb(needed_bytes(target, load, 0)), _gb(_for_tokens(target, load))
+    return ContextChoice(
+        context,
+        f"Context {context:,} tokens of the model's {max_positions:,}: more does not fit the {_budget(target)}, "
+        f"since the weights take {weights} and every 1,000 tokens {tokens}.",
+    )
+
+
+def _requested_context(target: Target, load: Load, max_positions: int, requested: int) -> ContextChoice:
+    if requested > max_positions:
+        raise UsageError(
+            f"--context {requested} is above the {max_positions} tokens that the model knows: "
+            f"give {max_positions} or less."
+        )
+    reason = f"Context {requested:,} tokens, as asked for."
+    needed = needed_bytes(target, load, requested)
+    if needed <= int(target.usable_gb * GB):
+        return ContextChoice(requested, reason)
+    warning = (
+        f"A context of {requested:,} tokens takes about {_gb(needed)}, which is above the {_budget(target)}: "
+        f"it may not load there."
+    )
+    return ContextChoice(requested, reason, warning)
+
+
+def _does_not_fit(target: Target, load: Load, context: int) -> str:
+    needed, weights = _gb(needed_bytes(target, load, context)), _gb(needed_bytes(target, load, 0))
+    return (
+        f"The model does not fit {target.name}: with a context of {context} tokens it takes {needed} "
+        f"(weights {weights}), which is above the {_budget(target)}; choose a smaller --precision or a larger --target, "
+        f"or give --context to build it anyway."
+    )
+
+
+def _for_tokens(target: Target, load: Load, tokens: int = 1000) -> int:
+    """Bytes for each further `tokens` of a context that is longer than a chunk."""
+    base = load.prefill_chunk
+    return needed_bytes(target, load, base + tokens) - needed_bytes(target, load, base)
+
+
+def _budget(target: Target) -> str:
+    assumed = " (an assumption)" if target.is_assumed("memory_gb") else ""
+    return f"{target.usable_gb:.1f} GB that {target.name} has free of its {target.memory_gb:g} GB{assumed}"
+
+
+def _gb(size: int) -> str:
+    return f"{size / GB:.1f} GB" if size >= 0.95 * GB else f"{size / 1e6:,.0f} MB"

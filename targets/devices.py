@@ -1,0 +1,211 @@
+"""What a target is, and reading one: a name from the catalogue, `host`, or a TOML file of the user's own.
+
+Every file under `catalogue/` holds one target; docs and errors call its keys facts. The keys are the fields of `Target`
+(`peak` is a list of tables with the fields of `Peak`, `sources` says where each fact is from). A file of the user's own
+has the same keys, and may begin with `base = "NAME"` to change only some facts of a catalogue target.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ..errors import LlamaExportError, UsageError, did_you_mean
+from .jetpack import JETPACKS, JetPack
+from .schema import check_facts, field_names
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CATALOGUE = Path(__file__).parent / "catalogue"
+GB = 1e9
+MAX_FILE_BYTES = 1 << 20
+
+KINDS = ("cpu", "gpu", "jetson", "spark")
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+NATIVE_FORMATS = ("fp32", "fp16", "bf16", "int8", "int4", "fp8", "nvfp4")
+BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
+PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")
+ASSUMPTION = "assumption"
+
+
+@dataclass(frozen=True)
+class Peak:
+    """A vendor's peak figure in 10^12 operations a second; `boost_tops` is that of the Super or MAXN mode."""
+
+    format: str
+    tops: float
+    sparse: bool
+    boost_tops: float | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device as far as building for it matters. One GB is 10^9 bytes, bandwidth is in GB/s.
+
+    reserve_gb: what the system and others need, so that `usable_gb` is left for a model.
+    shared_memory: CPU and GPU use the same memory, so the page cache competes with the weights.
+    native_formats: what the device computes in or, for int4, reads weights in.
+    providers: of ONNX Runtime, in the order of preference, for bundles that it runs.
+    device_tree: what stands in a Jetson's /proc/device-tree/model.
+    sources: for each fact where it is from; one that begins with "assumption" is not from the vendor.
+    """
+
+    name: str
+    title: str
+    kind: str
+    memory_gb: float
+    reserve_gb: float
+    default_precision: str
+    backend: str
+    backends: tuple[str, ...]
+    providers: tuple[str, ...]
+    shared_memory: bool = False
+    compute_capability: tuple[str, ...] = ()
+    native_formats: tuple[str, ...] = ()
+    bandwidth_gbs: float | None = None
+    boost_bandwidth_gbs: float | None = None
+    peak: tuple[Peak, ...] = ()
+    jetpack: str | None = None
+    jetpacks: tuple[str, ...] = ()
+    device_tree: str | None = None
+    sources: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def usable_gb(self) -> float:
+        return self.memory_gb - self.reserve_gb
+
+    @property
+    def release(self) -> JetPack | None:
+        """The JetPack that engines are meant for, on a Jetson."""
+        return JETPACKS[self.jetpack] if self.jetpack else None
+
+    @property
+    def engine_dialect(self) -> str | None:
+        """The graph that an engine for this target is built from; None where ONNX Runtime is the backend."""
+        if self.backend == "onnxruntime":
+            return None
+        return self.release.dialect if self.release else "trt"
+
+    def is_assumed(self, fact: str) -> bool:
+        """Whether `fact` is our assumption, not the vendor's word."""
+        return self.sources.get(fact, "").startswith(ASSUMPTION)
+
+
+ALLOWED: Mapping[str, tuple[str, ...]] = {
+    "kind": KINDS,
+    "format": NATIVE_FORMATS,
+    "default_precision": PRECISIONS,
+    "native_formats": NATIVE_FORMATS,
+    "backend": BACKENDS,
+    "backends": BACKENDS,
+    "providers": PROVIDERS,
+    "jetpack": tuple(JETPACKS),
+    "jetpacks": tuple(JETPACKS),
+}
+
+
+def target_names() -> tuple[str, ...]:
+    """The catalogue's names, sorted, and `host`."""
+    return (*sorted(path.stem for path in CATALOGUE.glob("*.toml")), "host")
+
+
+def load_target(name_or_path: str) -> Target:
+    """Read a target by name, or from a TOML file of the user's own.
+
+    Raises UsageError for an unknown name and a missing file, LlamaExportError for a file that says too little or wrong.
+    """
+    if name_or_path == "host":
+        from .host import host_target  # noqa: PLC0415  # it reads the catalogue itself
+
+        return host_target()
+    if name_or_path in target_names():
+        path = CATALOGUE / f"{name_or_path}.toml"
+        return target_from(_read(path), path)
+    path = Path(name_or_path)
+    if path.suffix == ".toml" or path.is_file():
+        return _user_target(path)
+    names = target_names()
+    raise UsageError(
+        f"There is no target {name_or_path!r}.{did_you_mean(name_or_path, names)} "
+        f"Name one of {', '.join(names)}, or a TOML file that describes one."
+    )
+
+
+def target_from(facts: Mapping[str, Any], path: Path) -> Target:
+    """Make a target of a file's `facts`; raises LlamaExportError that names the file, the key and what is allowed."""
+    check_facts({"name": path.stem, **facts}, Target, ALLOWED, path)
+    peaks = tuple(_peak(entry, path) for entry in facts.get("peak", ()))
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()}
+    values["sources"] = MappingProxyType(dict(facts.get("sources", {})))
+    target = Target(**{"name": path.stem, **values, "peak": peaks})
+    _check_together(target, path)
+    return target
+
+
+def _user_target(path: Path) -> Target:
+    facts = _read(path)
+    base = facts.pop("base", None)
+    if base is None:
+        return target_from(facts, path)
+    names = target_names()
+    if base not in names:
+        hint = did_you_mean(str(base), names)
+        raise LlamaExportError(f"{path}: base is {base!r}, which is no target.{hint} Name one of {', '.join(names)}.")
+    under = load_target(base)
+    inherited = {name: getattr(under, name) for name in field_names(Target) if getattr(under, name) is not None}
+    inherited["peak"] = [{k: v for k, v in vars(peak).items() if v is not None} for peak in under.peak]
+    listed = {key: list(value) if isinstance(value, tuple) else value for key, value in inherited.items()}
+    # A fact that the file changes is no longer the vendor's word nor our assumption.
+    sources = {**under.sources, **dict.fromkeys(facts, path.name)}
+    own_sources = facts.get("sources", {})
+    facts["sources"] = {**sources, **own_sources} if isinstance(own_sources, dict) else own_sources
+    return target_from({**listed, "name": path.stem, **facts}, path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_FILE_BYTES + 1)
+        if len(text) > MAX_FILE_BYTES:
+            raise LlamaExportError(f"{path} is larger than {MAX_FILE_BYTES} bytes, which no target's file is.")
+        return tomllib.loads(text.decode("utf-8"))
+    except OSError as error:
+        raise UsageError(f"The target's file {path} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise LlamaExportError(f"{path} is not a TOML file: {error}.") from error
+
+
+def _peak(entry: Any, path: Path) -> Peak:
+    if not isinstance(entry, dict):
+        raise LlamaExportError(f"{path}: peak holds {entry!r}, but a list of tables [[peak]] is needed.")
+    check_facts(entry, Peak, ALLOWED, path)
+    return Peak(**entry)
+
+
+def _check_together(target: Target, path: Path) -> None:
+    """Refuse facts that contradict each other."""
+    contradictions = {
+        f"backend {target.backend!r} is not among the backends {list(target.backends)}": (
+            target.backend not in target.backends
+        ),
+        f"reserve_gb {target.reserve_gb} must be at least 0 and below memory_gb {target.memory_gb}": (
+            not 0 <= target.reserve_gb < target.memory_gb
+        ),
+        "providers must end with 'CPUExecutionProvider', which runs what the others cannot": (
+            target.providers[-1:] != ("CPUExecutionProvider",)
+        ),
+        f"jetpack {target.jetpack!r} is not among the jetpacks {list(target.jetpacks)}": (
+            target.jetpack is not None and target.jetpack not in target.jetpacks
+        ),
+        "a jetson needs the key 'jetpack'": target.kind == "jetson" and target.jetpack is None,
+    }
+    for sentence, holds in contradictions.items():
+        if holds:
+            raise LlamaExportError(f"{path}: {sentence}.")

@@ -1,0 +1,244 @@
+"""What this machine is, read from Linux's own files; on other systems only what Python itself knows."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+
+from .devices import CATALOGUE, GB, Target, load_target
+from .jetpack import JetPack, jetpack_of_l4t
+
+# Instructions that decide how fast int8 and int4 kernels are; the names are those of /proc/cpuinfo.
+NOTABLE_FLAGS = {
+    "avx2": "avx2",
+    "avx512f": "avx512",
+    "avx512_vnni": "avx512_vnni",
+    "avx_vnni": "avx_vnni",
+    "amx_int8": "amx_int8",
+    "asimddp": "dotprod",
+    "i8mm": "i8mm",
+    "sve": "sve",
+}
+NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,memory.total,compute_cap,driver_version", "--format=csv,noheader,nounits")
+GPU_RESERVE_GB = 1.0
+RESERVE_SHARE, RESERVE_LIMITS_GB = 0.25, (0.5, 2.0)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as its driver describes it; memory in GB of 10^9 bytes, None where it uses the computer's own."""
+
+    name: str
+    memory_gb: float | None
+    compute_capability: str
+    driver: str
+
+
+@dataclass(frozen=True)
+class Jetson:
+    """A Jetson by its device tree and its Jetson Linux version; `jetpack` is None when that version is unknown."""
+
+    model: str
+    l4t: str
+    jetpack: JetPack | None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """physical_cores are those that this process may use; memory in bytes, already bounded by a container's limit."""
+
+    system: str
+    architecture: str
+    cpu: str
+    physical_cores: int
+    logical_cores: int
+    flags: tuple[str, ...]
+    memory_bytes: int
+    available_bytes: int
+    gpus: tuple[Gpu, ...]
+    nvidia_driver: str | None
+    jetson: Jetson | None
+
+
+def read_machine(root: Path = Path("/"), run: Callable[[], str] | None = None) -> Machine:
+    """Look at this machine. `root` and `run` (what nvidia-smi prints) are there for tests."""
+    cpuinfo = _cpu_blocks(_text(root / "proc/cpuinfo"))
+    first = cpuinfo[0] if cpuinfo else {}
+    usable = _usable_cores()
+    flags = (first.get("flags") or first.get("Features") or "").split()
+    memory, available = _memory(root)
+    gpus = read_gpus(_nvidia_smi() if run is None else run())
+    return Machine(
+        system=platform.system(),
+        architecture=platform.machine(),
+        cpu=first.get("model name") or platform.processor() or platform.machine(),
+        physical_cores=physical_cores(cpuinfo, usable),
+        logical_cores=len(usable),
+        flags=tuple(shown for name, shown in NOTABLE_FLAGS.items() if name in flags),
+        memory_bytes=memory,
+        available_bytes=available,
+        gpus=gpus,
+        nvidia_driver=gpus[0].driver if gpus else _driver_version(root),
+        jetson=_jetson(root),
+    )
+
+
+def host_target(machine: Machine | None = None, has_cuda_runtime: bool | None = None) -> Target:
+    """This machine as a target named `host`: a Jetson, a computer with an NVIDIA GPU, or a computer.
+
+    A GPU counts only where onnxruntime-gpu is installed, since ONNX Runtime is what runs the bundle.
+    """
+    machine = read_machine() if machine is None else machine
+    cuda = _has_onnxruntime_gpu() if has_cuda_runtime is None else has_cuda_runtime
+    if machine.jetson is not None:
+        return _jetson_target(machine, machine.jetson)
+    if machine.gpus and cuda:
+        return _gpu_target(machine, machine.gpus[0])
+    return _with_memory(
+        load_target("cpu"), f"This machine: {machine.cpu}", machine.memory_bytes / GB, _reserve_gb(machine)
+    )
+
+
+def _with_memory(base: Target, title: str, memory_gb: float, reserve_gb: float) -> Target:
+    memory_gb = round(memory_gb, 1)
+    sources = {**base.sources, "memory_gb": "read from this machine", "reserve_gb": "assumption: for the system"}
+    return replace(
+        base,
+        name="host",
+        title=title,
+        memory_gb=memory_gb,
+        reserve_gb=round(reserve_gb, 1),
+        sources=MappingProxyType(sources),
+    )
+
+
+def _reserve_gb(machine: Machine) -> float:
+    low, high = RESERVE_LIMITS_GB
+    return min(max(machine.memory_bytes / GB * RESERVE_SHARE, low), high)
+
+
+def _gpu_target(machine: Machine, gpu: Gpu) -> Target:
+    own = gpu.memory_gb is not None
+    memory_gb = gpu.memory_gb if gpu.memory_gb is not None else machine.memory_bytes / GB
+    reserve_gb = GPU_RESERVE_GB if own else _reserve_gb(machine)
+    target = _with_memory(load_target("cuda"), f"This machine: {gpu.name}", memory_gb, reserve_gb)
+    sources = {**target.sources, "compute_capability": "read from this machine"}
+    return replace(
+        target, compute_capability=(gpu.compute_capability,), shared_memory=not own, sources=MappingProxyType(sources)
+    )
+
+
+def _jetson_target(machine: Machine, jetson: Jetson) -> Target:
+    """The catalogue's module with the longest name within the device tree's, and among those the nearest memory."""
+    memory_gb = machine.memory_bytes / GB
+    modules = [load_target(path.stem) for path in sorted(CATALOGUE.glob("jetson-*.toml"))]
+    fitting = [module for module in modules if module.device_tree and module.device_tree in jetson.model]
+    if not fitting:
+        return _with_memory(load_target("cpu"), f"This machine: {jetson.model}", memory_gb, _reserve_gb(machine))
+    length = max(len(module.device_tree or "") for module in fitting)
+    longest = [module for module in fitting if len(module.device_tree or "") == length]
+    base = min(longest, key=lambda module: abs(module.memory_gb - memory_gb))
+    target = _with_memory(base, f"This machine: {jetson.model}", memory_gb, min(base.reserve_gb, memory_gb / 2))
+    if jetson.jetpack is None or jetson.jetpack.version not in target.jetpacks:
+        return target
+    return replace(target, jetpack=jetson.jetpack.version)
+
+
+def read_gpus(csv: str) -> tuple[Gpu, ...]:
+    """The GPUs in what nvidia-smi printed; lines that are not as NVIDIA_SMI asked for (MiB of memory) are left out."""
+    rows = [[cell.strip() for cell in line.split(",")] for line in csv.splitlines()]
+    return tuple(
+        Gpu(name, round(int(memory) * 2**20 / GB, 1) if memory.isdigit() else None, capability, driver)
+        for name, memory, capability, driver in (row for row in rows if len(row) == 4)
+        if re.fullmatch(r"\d+\.\d+", capability)
+    )
+
+
+def physical_cores(cpuinfo: list[dict[str, str]], usable: set[int]) -> int:
+    """Cores, not threads of cores, that this process may use; ARM lists no cores, so there each entry is one."""
+    entries = [entry for entry in cpuinfo if int(entry.get("processor", "-1")) in usable]
+    cores = {(entry.get("physical id"), entry.get("core id")) for entry in entries if "core id" in entry}
+    return len(cores) or len(usable)
+
+
+def _cpu_blocks(text: str) -> list[dict[str, str]]:
+    blocks = []
+    for block in text.split("\n\n"):
+        pairs = (line.split(":", 1) for line in block.splitlines() if ":" in line)
+        entry = {key.strip(): value.strip() for key, value in pairs}
+        if entry.get("processor", "").isdigit():
+            blocks.append(entry)
+    return blocks
+
+
+def _usable_cores() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def _memory(root: Path) -> tuple[int, int]:
+    """Total and available bytes: the machine's, or a container's limit where that is lower."""
+    sizes = dict(re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE))
+    if "MemTotal" in sizes:
+        total = int(sizes["MemTotal"]) * 1024
+    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        total = 0
+    available = int(sizes["MemAvailable"]) * 1024 if "MemAvailable" in sizes else total
+    limit = _text(root / "sys/fs/cgroup/memory.max").strip()
+    if limit.isdigit() and int(limit) < total:
+        used = _text(root / "sys/fs/cgroup/memory.current").strip()
+        total = int(limit)
+        available = min(available, total - int(used)) if used.isdigit() else min(available, total)
+    return total, max(available, 0)
+
+
+def _jetson(root: Path) -> Jetson | None:
+    model = _text(root / "proc/device-tree/model").rstrip("\0").strip()
+    release = re.search(r"R(\d+) \(release\), REVISION: (\d+(?:\.\d+)*)", _text(root / "etc/nv_tegra_release"))
+    if release is None:
+        return None
+    l4t = f"{release[1]}.{release[2]}"
+    return Jetson(model or "NVIDIA Jetson", l4t, jetpack_of_l4t(l4t))
+
+
+def _driver_version(root: Path) -> str | None:
+    found = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s", _text(root / "proc/driver/nvidia/version"))
+    return found[1] if found else None
+
+
+def _nvidia_smi() -> str:
+    if shutil.which(NVIDIA_SMI[0]) is None:
+        return ""
+    try:
+        done = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _has_onnxruntime_gpu() -> bool:
+    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415  # slow to import, seldom needed
+
+    try:
+        version("onnxruntime-gpu")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _text(path: Path) -> str:
+    """A file's text, or nothing where it is absent or unreadable: most of these exist on some machines only."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
