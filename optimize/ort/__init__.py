@@ -1,0 +1,57 @@
+"""Passes that lower the canonical graph to the `ort` dialect: com.microsoft ops in opset 21, for ONNX Runtime 1.23.2 and later.
+
+The result also loads in onnxruntime-genai and optimum: inputs input_ids, attention_mask, past_key_values.N.key|value;
+outputs logits, present.N.key|value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from ..formats import Format
+from .attention import lower_attention
+from .embedding import lower_embedding
+from .last_positions import keep_last_positions
+from .linear import lower_linears
+from .norms import lower_norms
+from .pack_linears import pack_linears
+from .pack_qkv import pack_qkv
+from .vectors import lower_vectors
+
+MINIMUM_ONNXRUNTIME = "1.23.2"
+
+
+@dataclass(frozen=True)
+class OrtOptions:
+    """formats: how each checkpoint tensor is stored. frequencies: float32 [head_dim / 2] and the factor on cos and sin of the
+    rotary tables, which reach to `context` positions. accuracy_level: MatMulNBits' (4: int8 activations; 0: as the inputs)."""
+
+    formats: Mapping[str, Format]
+    frequencies: npt.NDArray[np.float32]
+    attention_scaling: float
+    context: int
+    accuracy_level: int
+
+
+def lower(model: ir.Model, options: OrtOptions) -> None:
+    """Lower the canonical graph in place; leaves every weight described by `stored.Stored`, none with values."""
+    lower_attention(model, options.frequencies, options.attention_scaling, options.context)
+    pack_linears(model, options.formats)
+    pack_qkv(model)
+    keep_last_positions(model)
+    lower_norms(model)
+    lower_linears(model, options.formats, options.accuracy_level)
+    lower_embedding(model, options.formats)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    lower_vectors(model)
+    common.TopologicalSortPass()(model)
+    model.graph.opset_imports.clear()
+    model.graph.opset_imports.update({"": 21, "com.microsoft": 1})
+    model.ir_version = 10

@@ -1,0 +1,202 @@
+"""Weights into model.onnx.data, a few rows at a time: memory is bounded by one step, not by the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ..errors import LlamaExportError
+from ..optimize.formats import Format
+from ..optimize.quantise import blocks_of, pack, round_scales, to_dense
+from ..optimize.stored import Role, Stored, stored_of
+from ..optimize.tensors import SourceTensor
+from ..progress import Progress
+
+DATA_FILE = "model.onnx.data"
+_STEP = 1 << 21
+"""Values that one thread converts at a time: 8 MB in float32, and a few times that in temporaries."""
+_INLINE = 1024
+"""Bytes up to which a constant stays in model.onnx: shapes and axes have to, rotary tables need not."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where the bytes of one description lie in the data file. dtype: of the stored numbers; row_bytes: of one row."""
+
+    offset: int
+    size: int
+    row_bytes: int
+    dtype: npt.DTypeLike
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The data file before it is written: a region for each description, and for each table that is computed here."""
+
+    regions: Mapping[Stored, Region]
+    tables: Mapping[str, Region]
+    size: int
+
+
+def lay_out(model: ir.Model) -> Layout:
+    """Give each stored initializer and each large constant its place; equal descriptions share one."""
+    regions: dict[Stored, Region] = {}
+    tables: dict[str, Region] = {}
+    end = 0
+    for name, value in model.graph.initializers.items():
+        content = stored_of(value)
+        if content in regions or (content is None and _inline(value)):
+            continue
+        region = _region(value, end)
+        if content is None:
+            tables[name] = region
+        else:
+            regions[content] = region
+        end = region.offset + region.size
+    return Layout(regions, tables, end)
+
+
+def _inline(value: ir.Value) -> bool:
+    assert value.const_value is not None, f"{value.name} has neither values nor a description"
+    return value.const_value.nbytes <= _INLINE
+
+
+def _region(value: ir.Value, end: int) -> Region:
+    assert value.shape is not None and value.dtype is not None
+    shape, dtype = [int(size) for size in value.shape], value.dtype.numpy()  # type: ignore[arg-type]
+    row = int(np.prod(shape[1:])) * dtype.itemsize
+    size = shape[0] * row
+    alignment = 4096 if size >= 4096 else 64  # whole pages, so that ONNX Runtime can map them
+    return Region(-(-end // alignment) * alignment, size, row, dtype)
+
+
+def refer(model: ir.Model, layout: Layout, folder: Path) -> None:
+    """Point every initializer of `model` that has a place at it, and write model.onnx into `folder`."""
+    for name, value in model.graph.initializers.items():
+        content = stored_of(value)
+        region = layout.tables.get(name) if content is None else layout.regions[content]
+        if region is not None and value.dtype is not None and value.shape is not None:
+            value.const_value = ir.ExternalTensor(
+                DATA_FILE, region.offset, region.size, value.dtype, shape=value.shape, name=name, base_dir=folder
+            )
+    ir.save(model, folder / "model.onnx")
+
+
+def write_data(
+    model: ir.Model,
+    layout: Layout,
+    tensors: Mapping[str, SourceTensor],
+    folder: Path,
+    progress: Progress,
+    threads: int,
+) -> None:
+    """Fill the data file in `folder`: read rows, convert, write at their place, forget; `threads` at a time.
+
+    Raises LlamaExportError when a tensor holds NaN or infinity.
+    """
+    with (folder / DATA_FILE).open("wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, layout.size)  # a full disk shows now, not at the end
+        else:
+            file.truncate(layout.size)
+        for name, region in layout.tables.items():
+            table = model.graph.initializers[name].const_value
+            assert table is not None
+            _write_at(file.fileno(), table.tobytes(), region.offset)
+        _run_all(_steps(layout, tensors, file.fileno()), threads, progress, layout.size)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Rows [start, stop) of one checkpoint tensor, to be written from `row` on in the regions of its weight."""
+
+    tensor: SourceTensor
+    format: Format
+    regions: Mapping[Role, Region]
+    start: int
+    stop: int
+    row: int
+    file: int
+
+    def run(self) -> int:
+        """Do it, and return the bytes written."""
+        return sum(self._put(role, data) for role, data in self._encode().items())
+
+    def _encode(self) -> dict[Role, npt.NDArray[np.generic]]:
+        if not self.format.quantised:
+            rows = self.tensor.read(self.start, self.stop)
+            self._check_finite(rows)
+            return {"values": to_dense(rows, self.format)}
+        blocks = blocks_of(self.tensor, self.format)(self.start, self.stop)
+        self._check_finite(blocks.scales)
+        blocks = round_scales(blocks, self.regions["scales"].dtype)
+        encoded: dict[Role, npt.NDArray[np.generic]] = {"codes": pack(blocks), "scales": blocks.scales}
+        if blocks.offsets is not None:
+            self._check_finite(blocks.offsets)
+            encoded["offsets"] = blocks.offsets
+        return encoded
+
+    def _put(self, role: Role, data: npt.NDArray[np.generic]) -> int:
+        region = self.regions[role]
+        stored = np.ascontiguousarray(data.astype(region.dtype, copy=False))
+        _write_at(self.file, stored.view(np.uint8).data, region.offset + self.row * region.row_bytes)
+        return stored.nbytes
+
+    def _check_finite(self, values: npt.NDArray[np.generic]) -> None:
+        if not np.isfinite(values).all():
+            raise LlamaExportError(
+                f"The checkpoint's tensor {self.tensor.name} holds NaN or infinite values in rows {self.start} to "
+                f"{self.stop - 1}; a Llama's weights are finite, so the file is damaged or its training diverged."
+            )
+
+
+def _steps(layout: Layout, tensors: Mapping[str, SourceTensor], file: int) -> Iterator[_Step]:
+    """The work in the order of the file: each weight once, whichever of its regions comes first."""
+    weights: dict[tuple[tuple[str, ...], Format], dict[Role, Region]] = {}
+    for content, region in layout.regions.items():
+        weights.setdefault((content.parts, content.format), {})[content.role] = region
+    for (parts, format), regions in weights.items():
+        row = 0
+        for part in parts:
+            tensor = tensors[part]
+            rows, columns = tensor.shape[0], int(np.prod(tensor.shape[1:]))
+            step = max(1, _STEP // columns)
+            for start in range(0, rows, step):
+                stop = min(rows, start + step)
+                yield _Step(tensor, format, regions, start, stop, row + start, file)
+            row += rows
+
+
+def _run_all(steps: Iterator[_Step], threads: int, progress: Progress, total: int) -> None:
+    done = 0
+    with ThreadPoolExecutor(threads, thread_name_prefix="weights") as pool:
+        running = set()
+        try:
+            for step in steps:
+                running.add(pool.submit(step.run))
+                if len(running) > threads:  # one waiting, so that none idles; more would only hold memory
+                    finished, running = wait(running, return_when=FIRST_COMPLETED)
+                    done += sum(future.result() for future in finished)
+                    progress.advance(done, total)
+            for future in running:
+                done += future.result()
+                progress.advance(done, total)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _write_at(file: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data).cast("B")
+    while len(view):
+        written = os.pwrite(file, view, offset)
+        view, offset = view[written:], offset + written

@@ -1,0 +1,58 @@
+"""What stands behind an initializer of a lowered graph: which checkpoint tensors, in which format, and which part of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx_ir as ir
+
+from .formats import Format
+
+Role = Literal["values", "codes", "scales", "offsets"]
+_STORED, _PARTS = "stored", "parts"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One initializer's content: `role` of the checkpoint tensors `parts`, stacked by rows, in `format`.
+
+    Initializers with equal descriptions are the same bytes, whatever their shapes: a tied embedding and head are stored once.
+    """
+
+    parts: tuple[str, ...]
+    format: Format
+    role: Role
+
+
+def parts_of(weight: ir.Value) -> tuple[str, ...]:
+    """The checkpoint tensors whose rows, stacked, are this weight of the canonical graph: by default the one of its name."""
+    parts: tuple[str, ...] = weight.meta.get(_PARTS, (str(weight.name),))
+    return parts
+
+
+def stacked(graph: ir.Graph, name: str, weights: list[ir.Value]) -> ir.Value:
+    """A new weight: the rows of `weights` one after another."""
+    rows = sum(_sizes(weight)[0] for weight in weights)
+    value = ir.Value(name=name, shape=ir.Shape([rows, *_sizes(weights[0])[1:]]), type=weights[0].type)
+    value.meta[_PARTS] = tuple(part for weight in weights for part in parts_of(weight))
+    graph.initializers[name] = value
+    return value
+
+
+def store(graph: ir.Graph, name: str, shape: list[int], dtype: ir.DataType, content: Stored) -> ir.Value:
+    """An initializer of the lowered graph that the writer will fill with `content`."""
+    value = graph.initializers.get(name) or ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+    value.meta[_STORED] = content
+    graph.initializers[name] = value
+    return value
+
+
+def stored_of(initializer: ir.Value) -> Stored | None:
+    content: Stored | None = initializer.meta.get(_STORED)
+    return content
+
+
+def _sizes(weight: ir.Value) -> list[int]:
+    assert weight.shape is not None
+    return [int(size) for size in weight.shape]  # type: ignore[arg-type]
