@@ -12,8 +12,9 @@ from typing import Any
 import click
 
 from . import __version__
-from .cli_support import Group, json_option, need_extra, quiet_option
+from .cli_support import Group, configurable_commands, json_option, need_extra, quiet_option
 from .progress import Terminal
+from .settings import settings_problem
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 
@@ -49,3 +50,43 @@ def build(*, no_reference: bool, as_json: bool, quiet: bool, **options: Any) -> 
     with Terminal(quiet=quiet) as progress:
         report = build_bundle(BuildOptions(reference=not no_reference, **options), progress=progress)
     click.echo(json.dumps(report.to_json(), indent=2) if as_json else "\n".join(report.lines()))
+
+
+@main.command()
+@click.argument("name", required=False)
+@json_option
+def targets(name: str | None, as_json: bool) -> None:
+    """List the targets, or show one with the source of every fact."""
+    from .targets import listing
+    from .targets.devices import load_target
+
+    if as_json:
+        found = [load_target(name)] if name else listing.all_targets()
+        facts = [listing.to_json(target) for target in found]
+        click.echo(json.dumps(facts[0] if name else facts, indent=2))
+    else:
+        lines = listing.detail_lines(load_target(name)) if name else listing.table_lines(listing.all_targets())
+        click.echo("\n".join(lines))
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@json_option
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Show what a bundle is: model, shapes, limits, files, and the memory it takes."""
+    from . import inspection
+    from .runtime.bundle import open_bundle
+
+    opened = open_bundle(bundle)
+    click.echo(json.dumps(inspection.to_json(opened), indent=2) if as_json else "\n".join(inspection.lines(opened)))
+
+
+@main.command(uses_settings=False)
+@json_option
+@click.pass_context
+def doctor(context: click.Context, as_json: bool) -> None:
+    """Show what this machine has, what it can do, and how to mend what is missing; exits with 0 whatever it finds."""
+    from . import doctor as examination
+
+    found = examination.examine(settings_problem(configurable_commands(context), Path.cwd()))
+    click.echo(json.dumps(examination.to_json(found), indent=2) if as_json else "\n".join(examination.lines(found)))

@@ -6,11 +6,13 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
 
 from .errors import LlamaExportError, did_you_mean
+from .settings import command_defaults
 
 _DEBUG = "llama_export.debug"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -52,11 +54,25 @@ def _debug_option() -> click.Option:
 
 
 class Command(click.Command):
-    """A command of ours."""
+    """A command whose options may come from llama-export.toml, unless it says otherwise."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, uses_settings: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.uses_settings = uses_settings
         self.params.append(_debug_option())
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        asks_for_help = any(arg in ctx.help_option_names for arg in args)
+        if self.uses_settings and not asks_for_help:
+            ctx.default_map = command_defaults(self, configurable_commands(ctx), Path.cwd())
+        return super().parse_args(ctx, args)
+
+
+def configurable_commands(ctx: click.Context) -> dict[str, click.Command]:
+    """The commands whose options may come from llama-export.toml."""
+    group = ctx.find_root().command
+    commands = group.commands.items() if isinstance(group, click.Group) else ()
+    return {name: command for name, command in commands if isinstance(command, Command) and command.uses_settings}
 
 
 class Group(click.Group):

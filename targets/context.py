@@ -13,7 +13,6 @@ from typing import Protocol
 
 from ..errors import LlamaExportError, UsageError
 from .devices import GB, Target
-from .made import what_is_made
 
 STEP = 256
 """Contexts that memory decides are multiples of this many tokens."""
@@ -51,11 +50,15 @@ class Shape(Protocol):
 
 @dataclass(frozen=True)
 class Load:
-    """What is to run: the model's shape, the bytes of its weights as stored, and how it is run."""
+    """What is to run: the model's shape, the bytes of its weights as stored, and how it is run.
+
+    cache_dtype: float32, float16 or int8; on_cpu: whether ONNX Runtime's CPU provider runs it.
+    """
 
     shape: Shape
     weight_bytes: int
     cache_dtype: str
+    on_cpu: bool
     batch: int = 1
     prefill_chunk: int = PREFILL_CHUNK
 
@@ -74,25 +77,24 @@ def bytes_per_token(shape: Shape, cache_dtype: str) -> int:
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * CACHE_BYTES[cache_dtype]
 
 
-def workspace_bytes(load: Load, context: int, *, holds_scores: bool) -> int:
-    """Bytes of activations while the last chunk of a prompt of `context` tokens is read, in the cache's dtype.
+def workspace_bytes(load: Load, context: int) -> int:
+    """Bytes of activations, in the cache's dtype, while the last chunk of a prompt of `context` tokens is read.
 
-    holds_scores: whether attention scores are kept, as on the CPU; they are float32 whatever the dtype.
-    The widest moment is the MLP: gate and up together, their product, and the residual stream around them.
+    The widest moment is the MLP: gate and up together, their product, and the residual stream around them. On the CPU
+    the attention scores come on top, in float32.
     """
     shape, rows = load.shape, load.batch * min(load.prefill_chunk, context)
     width = 3 * shape.ffn + 4 * shape.hidden + (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    scores = 4 * rows * shape.heads * context if holds_scores else 0
+    scores = 4 * rows * shape.heads * context if load.on_cpu else 0
     logits = 4 * load.batch * shape.vocab
     return rows * width * CACHE_BYTES[load.cache_dtype] + scores + logits
 
 
-def needed_bytes(target: Target, load: Load, context: int) -> int:
-    """Bytes that the running model takes on `target` when its cache holds `context` tokens a text."""
-    on_cpu = what_is_made(target).providers[0] == "CPUExecutionProvider"
-    weights = int(load.weight_bytes * (CPU_WEIGHT_FACTOR if on_cpu else 1.0))
+def needed_bytes(load: Load, context: int) -> int:
+    """Bytes that the running model takes when its cache holds `context` tokens for each text."""
+    weights = int(load.weight_bytes * (CPU_WEIGHT_FACTOR if load.on_cpu else 1.0))
     cache = load.batch * context * bytes_per_token(load.shape, load.cache_dtype)
-    return RUNTIME_BYTES + weights + cache + workspace_bytes(load, context, holds_scores=on_cpu)
+    return RUNTIME_BYTES + weights + cache + workspace_bytes(load, context)
 
 
 def choose_context(target: Target, load: Load, max_positions: int, requested: int | None = None) -> ContextChoice:
@@ -112,16 +114,16 @@ def default_context(target: Target, load: Load, max_positions: int) -> ContextCh
     Raises LlamaExportError when not even 256 tokens fit (or all of a model that knows fewer).
     """
     budget = int(target.usable_gb * GB)
-    needed = needed_bytes(target, load, max_positions)
+    needed = needed_bytes(load, max_positions)
     if needed <= budget:
         reason = f"all that the model knows, which takes {_gb(needed)} of the {_budget(target)}."
         return ContextChoice(max_positions, f"Context {max_positions:,} tokens: {reason}")
     sizes = range(STEP, max_positions, STEP)
-    fitting = bisect_right(sizes, budget, key=lambda context: needed_bytes(target, load, context))
+    fitting = bisect_right(sizes, budget, key=lambda context: needed_bytes(load, context))
     if fitting == 0:
         raise LlamaExportError(_does_not_fit(target, load, min(STEP, max_positions)))
     context = sizes[fitting - 1]
-    weights, tokens = _gb(needed_bytes(target, load, 0)), _gb(_for_tokens(target, load))
+    weights, tokens = _gb(needed_bytes(load, 0)), _gb(_for_tokens(load))
     return ContextChoice(
         context,
         f"Context {context:,} tokens of the model's {max_positions:,}: more does not fit the {_budget(target)}, "
@@ -136,7 +138,7 @@ def _requested_context(target: Target, load: Load, max_positions: int, requested
             f"give {max_positions} or less."
         )
     reason = f"Context {requested:,} tokens, as asked for."
-    needed = needed_bytes(target, load, requested)
+    needed = needed_bytes(load, requested)
     if needed <= int(target.usable_gb * GB):
         return ContextChoice(requested, reason)
     warning = (
@@ -147,18 +149,18 @@ def _requested_context(target: Target, load: Load, max_positions: int, requested
 
 
 def _does_not_fit(target: Target, load: Load, context: int) -> str:
-    needed, weights = _gb(needed_bytes(target, load, context)), _gb(needed_bytes(target, load, 0))
+    needed, weights = _gb(needed_bytes(load, context)), _gb(needed_bytes(load, 0))
     return (
         f"The model does not fit {target.name}: with a context of {context} tokens it takes {needed} "
-        f"(weights {weights}), which is above the {_budget(target)}; choose a smaller --precision or a larger --target, "
+        f"(weights {weights}), which is above the {_budget(target)}; choose a smaller --precision, a larger --target, "
         f"or give --context to build it anyway."
     )
 
 
-def _for_tokens(target: Target, load: Load, tokens: int = 1000) -> int:
+def _for_tokens(load: Load, tokens: int = 1000) -> int:
     """Bytes for each further `tokens` of a context that is longer than a chunk."""
     base = load.prefill_chunk
-    return needed_bytes(target, load, base + tokens) - needed_bytes(target, load, base)
+    return needed_bytes(load, base + tokens) - needed_bytes(load, base)
 
 
 def _budget(target: Target) -> str:

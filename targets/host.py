@@ -52,12 +52,11 @@ class Jetson:
 
 @dataclass(frozen=True)
 class Machine:
-    """physical_cores are those that this process may use; memory in bytes, already bounded by a container's limit."""
+    """logical_cores are those that this process may use; memory in bytes is bounded by a container's limit."""
 
     system: str
     architecture: str
     cpu: str
-    physical_cores: int
     logical_cores: int
     flags: tuple[str, ...]
     memory_bytes: int
@@ -69,18 +68,15 @@ class Machine:
 
 def read_machine(root: Path = Path("/"), run: Callable[[], str] | None = None) -> Machine:
     """Look at this machine. `root` and `run` (what nvidia-smi prints) are there for tests."""
-    cpuinfo = _cpu_blocks(_text(root / "proc/cpuinfo"))
-    first = cpuinfo[0] if cpuinfo else {}
-    usable = _usable_cores()
-    flags = (first.get("flags") or first.get("Features") or "").split()
+    cpu = _first_cpu(_text(root / "proc/cpuinfo"))
+    flags = (cpu.get("flags") or cpu.get("Features") or "").split()
     memory, available = _memory(root)
     gpus = read_gpus(_nvidia_smi() if run is None else run())
     return Machine(
         system=platform.system(),
         architecture=platform.machine(),
-        cpu=first.get("model name") or platform.processor() or platform.machine(),
-        physical_cores=physical_cores(cpuinfo, usable),
-        logical_cores=len(usable),
+        cpu=cpu.get("model name") or platform.processor() or platform.machine(),
+        logical_cores=_usable_cores(),
         flags=tuple(shown for name, shown in NOTABLE_FLAGS.items() if name in flags),
         memory_bytes=memory,
         available_bytes=available,
@@ -161,27 +157,13 @@ def read_gpus(csv: str) -> tuple[Gpu, ...]:
     )
 
 
-def physical_cores(cpuinfo: list[dict[str, str]], usable: set[int]) -> int:
-    """Cores, not threads of cores, that this process may use; ARM lists no cores, so there each entry is one."""
-    entries = [entry for entry in cpuinfo if int(entry.get("processor", "-1")) in usable]
-    cores = {(entry.get("physical id"), entry.get("core id")) for entry in entries if "core id" in entry}
-    return len(cores) or len(usable)
+def _first_cpu(cpuinfo: str) -> dict[str, str]:
+    pairs = (line.split(":", 1) for line in cpuinfo.split("\n\n", 1)[0].splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
 
 
-def _cpu_blocks(text: str) -> list[dict[str, str]]:
-    blocks = []
-    for block in text.split("\n\n"):
-        pairs = (line.split(":", 1) for line in block.splitlines() if ":" in line)
-        entry = {key.strip(): value.strip() for key, value in pairs}
-        if entry.get("processor", "").isdigit():
-            blocks.append(entry)
-    return blocks
-
-
-def _usable_cores() -> set[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _memory(root: Path) -> tuple[int, int]:

@@ -24,6 +24,11 @@ class Made:
     summary: str
     notes: tuple[str, ...]
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the CPU provider runs the bundle."""
+        return self.providers[0] == "CPUExecutionProvider"
+
 
 def what_is_made(target: Target) -> Made:
     """What `build` makes for `target`."""

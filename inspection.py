@@ -1,0 +1,103 @@
+"""What a bundle is and what it asks of a device, from its manifest: for `llama-export inspect`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from .errors import LlamaExportError
+from .runtime.bundle import Bundle, Limits, Shape
+from .runtime.hashes import is_checked
+from .tables import columns, size
+from .targets.context import Load, bytes_per_token, needed_bytes
+
+WEIGHT_FILES = ("model.onnx", "model.onnx.data")
+
+
+def lines(bundle: Bundle) -> list[str]:
+    """The bundle for people: facts, then its files by size."""
+    manifest = bundle.manifest
+    facts = [(name, text) for name, text in _facts(bundle) if text]
+    files = sorted(manifest.files.items(), key=lambda entry: -entry[1].size)
+    return [
+        f"{bundle.path}",
+        "",
+        *columns(facts, indent="  "),
+        "",
+        *columns([(size(record.size).rjust(10), name) for name, record in files], indent="  "),
+        *(["", *manifest.notes] if manifest.notes else []),
+    ]
+
+
+def to_json(bundle: Bundle) -> dict[str, Any]:
+    """The manifest, and under "derived" what follows from it; sizes in bytes."""
+    manifest = bundle.manifest
+    return {
+        "path": str(bundle.path),
+        "manifest": json.loads(manifest.to_json()),
+        "derived": {
+            "bytes": sum(record.size for record in manifest.files.values()),
+            "cache_bytes_per_1000_tokens": 1000 * bytes_per_token(manifest.shape, manifest.shape.cache_dtype),
+            "memory_bytes_at_full_context": needed_bytes(_load(bundle), manifest.limits.context),
+            "hashes": _hashes(bundle),
+        },
+    }
+
+
+def _facts(bundle: Bundle) -> list[tuple[str, str]]:
+    manifest = bundle.manifest
+    total = sum(record.size for record in manifest.files.values())
+    revision = f", revision {manifest.model.revision}" if manifest.model.revision else ""
+    return [
+        ("model", f"{manifest.model.id} ({manifest.model.source}{revision})"),
+        ("licence", manifest.model.licence or "not told by the checkpoint"),
+        ("target", f"{manifest.target}, {manifest.dialect} graph for {', '.join(manifest.providers)}"),
+        ("precision", manifest.precision),
+        ("shape", _shape_text(manifest.shape)),
+        ("limits", _limits_text(manifest.limits)),
+        ("cache", _cache_text(manifest.shape, manifest.limits)),
+        ("memory", f"about {size(needed_bytes(_load(bundle), manifest.limits.context))} at full context (an estimate)"),
+        ("size", f"{size(total)} in {len(manifest.files)} files"),
+        ("hashes", _hashes(bundle)),
+        ("needs", _versions(manifest.minimum, " or newer")),
+        ("made by", _versions(manifest.tools, "")),
+    ]
+
+
+def _load(bundle: Bundle) -> Load:
+    manifest = bundle.manifest
+    weights = sum(manifest.files[name].size for name in WEIGHT_FILES if name in manifest.files)
+    limits, shape = manifest.limits, manifest.shape
+    on_cpu = manifest.providers[:1] in ((), ("CPUExecutionProvider",))
+    return Load(shape, weights, shape.cache_dtype, on_cpu, limits.batch, limits.prefill_chunk)
+
+
+def _shape_text(shape: Shape) -> str:
+    return (
+        f"{shape.layers} layers, hidden {shape.hidden}, FFN {shape.ffn}, {shape.heads} heads and {shape.kv_heads} "
+        f"KV heads of {shape.head_dim}, vocabulary {shape.vocab:,}"
+    )
+
+
+def _limits_text(limits: Limits) -> str:
+    texts = "1 text" if limits.batch == 1 else f"{limits.batch} texts"
+    return f"context {limits.context:,} tokens, {texts} at once, prompts in chunks of {limits.prefill_chunk}"
+
+
+def _cache_text(shape: Shape, limits: Limits) -> str:
+    one = bytes_per_token(shape, shape.cache_dtype)
+    full = size(one * limits.context * limits.batch)
+    return f"{shape.cache_dtype}, {size(1000 * one)} for 1,000 tokens, {full} in full"
+
+
+def _hashes_text(bundle: Bundle) -> str:
+    try:
+        if is_checked(bundle):
+            return "checked on this machine, and no file has changed since"
+    except LlamaExportError as error:
+        return str(error)
+    return "not checked on this machine yet: `llama-export verify` and the first `run` do"
+
+
+def _versions(versions: Any, after: str) -> str:
+    return ", ".join(f"{name} {version}{after}" for name, version in versions.items())

@@ -1,0 +1,22 @@
+"""Plain text for people: columns that line up, and sizes with their unit. ASCII only, so that any terminal shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def columns(rows: Sequence[Sequence[str]], *, indent: str = "") -> list[str]:
+    """Lines in which every column but the last is as wide as its widest cell; rows are of one length."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return [
+        (indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip()
+        for row in rows
+    ]
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units: "913 bytes", "42.1 kB", "806 MB", "2.47 GB"."""
+    for unit, scale, digits in (("GB", 1e9, 2), ("MB", 1e6, 0), ("kB", 1e3, 1)):
+        if count >= scale:
+            return f"{count / scale:.{digits}f} {unit}"
+    return f"{count} bytes"

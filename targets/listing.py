@@ -1,0 +1,97 @@
+"""The catalogue as text and as JSON, for `llama-export targets`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from ..tables import columns
+from .devices import Target, load_target, target_names
+from .made import what_is_made
+
+HEADER = ("TARGET", "DEVICE", "MEMORY", "BANDWIDTH", "BACKEND", "PRECISION", "A BUILD MAKES TODAY")
+ASSUMED = "*"
+
+
+def all_targets() -> list[Target]:
+    """Every target of the catalogue and this machine."""
+    return [load_target(name) for name in target_names()]
+
+
+def table_lines(targets: list[Target]) -> list[str]:
+    """One line for each target, and what the marks mean."""
+    rows = [HEADER, *(_row(target) for target in targets)]
+    return [
+        *columns(rows),
+        "",
+        f"{ASSUMED} an assumption, not the vendor's figure; `llama-export targets NAME` shows every fact's source.",
+        "PRECISION is the default for weights; a GGUF file keeps its own.",
+        'A file of your own describes another device: `base = "cpu"`, `memory_gb = 32`; name it with `-t FILE.toml`.',
+    ]
+
+
+def detail_lines(target: Target) -> list[str]:
+    """All facts of one target, each with its source, and what a build makes of it today."""
+    rows = [(name, text, target.sources.get(name, "")) for name, text in _facts(target)]
+    return [
+        f"{target.name}: {target.title}",
+        "",
+        *columns(rows, indent="  "),
+        "",
+        "A build makes today:",
+        *(f"  {note}" for note in what_is_made(target).notes),
+    ]
+
+
+def to_json(target: Target) -> dict[str, Any]:
+    """All facts of one target, and what a build makes today."""
+    facts = {item.name: getattr(target, item.name) for item in fields(Target)}
+    made = what_is_made(target)
+    return {
+        **facts,
+        "peak": [vars(peak) for peak in target.peak],
+        "sources": dict(target.sources),
+        "makes": {"dialect": made.dialect, "activations": made.activations, "notes": list(made.notes)},
+    }
+
+
+def _row(target: Target) -> tuple[str, ...]:
+    memory = f"{target.memory_gb:g} GB{ASSUMED if target.is_assumed('memory_gb') else ''}"
+    bandwidth = f"{target.bandwidth_gbs:g} GB/s" if target.bandwidth_gbs else "-"
+    bandwidth += ASSUMED if target.is_assumed("bandwidth_gbs") else ""
+    made = what_is_made(target)
+    return target.name, target.title, memory, bandwidth, target.backend, target.default_precision, made.summary
+
+
+def _facts(target: Target) -> list[tuple[str, str]]:
+    """The facts that `target` has, by key, as text with units."""
+    release = target.release
+    shared = "shared by CPU and GPU" if target.shared_memory else ""
+    texts = {
+        "kind": target.kind,
+        "compute_capability": ", ".join(target.compute_capability),
+        "memory_gb": f"{target.memory_gb:g} GB",
+        "reserve_gb": f"{target.reserve_gb:g} GB, which leaves {target.usable_gb:.1f} GB for a model",
+        "shared_memory": shared,
+        "bandwidth_gbs": f"{target.bandwidth_gbs:g} GB/s" if target.bandwidth_gbs else "",
+        "boost_bandwidth_gbs": f"{target.boost_bandwidth_gbs:g} GB/s" if target.boost_bandwidth_gbs else "",
+        "peak": "; ".join(_peak_text(target)),
+        "native_formats": ", ".join(target.native_formats),
+        "default_precision": target.default_precision,
+        "backend": f"{target.backend} (possible: {', '.join(target.backends)})",
+        "providers": ", ".join(target.providers),
+        "jetpack": f"{release.version}: CUDA {release.cuda}, TensorRT {release.tensorrt}, Python {release.python}"
+        if release
+        else "",
+        "jetpacks": ", ".join(target.jetpacks),
+        "device_tree": target.device_tree or "",
+    }
+    return [(name, text) for name, text in texts.items() if text]
+
+
+def _peak_text(target: Target) -> list[str]:
+    return [
+        f"{peak.format} {peak.tops:g}{f' ({peak.boost_tops:g} boosted)' if peak.boost_tops else ''} "
+        f"T{'FLOPS' if peak.format.startswith(('fp', 'bf', 'nv')) else 'OPS'} {'sparse' if peak.sparse else 'dense'}"
+        for peak in target.peak
+    ]
