@@ -31,6 +31,9 @@ _LLAMA3_FACTORS = (8.0, 32.0)
 """What Meta chose for Llama 3.1 (8) and for 3.2 1B and 3B (32)."""
 
 _YARN_OPTIONS = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
+_SENTENCEPIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
+"""What llama.cpp assumes for sentencepiece vocabularies whose metadata do not say."""
+
 _ENDS_OF_TURN = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|im_end|>")
 """Tokens that end a generation in Llama 3 and ChatML models also where the metadata name only one of them."""
 
@@ -78,7 +81,7 @@ def model_config(file: GgufFile, rope_factors: Float32 | None) -> dict[str, Any]
         "tie_word_embeddings": HEAD not in file.tensors,
         "attention_bias": _has_bias(file, "attn_"),
         "mlp_bias": _has_bias(file, "ffn_"),
-        **token_ids(file.metadata),
+        **token_ids(file),
         "dtype": _dtype(file),
     }
     try:
@@ -88,22 +91,37 @@ def model_config(file: GgufFile, rope_factors: Float32 | None) -> dict[str, Any]
     return config
 
 
-def token_ids(metadata: Mapping[str, Any]) -> dict[str, int | list[int] | None]:
+def token_id(file: GgufFile, role: str) -> int | None:
+    """Return the id of the token that is `bos`, `eos`, `eot`, `eom`, `unknown` or `padding`; None when there is none.
+
+    Raises LlamaExportError for an id outside of the vocabulary, except for padding, which early Llamas set to -1.
+    """
+    key = f"tokenizer.ggml.{role}_token_id"
+    defaults = _SENTENCEPIECE_IDS if file.metadata.get("tokenizer.ggml.model") == "llama" else {}
+    index = file.metadata.get(key, defaults.get(role))
+    if index is None:
+        return None
+    rows = len(file.metadata.get("tokenizer.ggml.tokens", ())) or file.tensors[EMBEDDING].shape[0]
+    if isinstance(index, int) and 0 <= index < rows:
+        return int(index)
+    if role == "padding":
+        return None
+    raise _bad(file, f"says {key} is {index!r}, but its vocabulary has the ids 0 to {rows - 1}")
+
+
+def token_ids(file: GgufFile) -> dict[str, int | list[int] | None]:
     """Return bos_token_id, eos_token_id (a list when several tokens end a generation) and pad_token_id.
 
     None stands for "there is none": transformers would take its own defaults for keys that are absent.
     """
-    kinds = {"llama": (1, 2)}  # what llama.cpp assumes for sentencepiece vocabularies without the keys
-    bos, eos = kinds.get(metadata.get("tokenizer.ggml.model", ""), (None, None))
-    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")]
-    tokens = metadata.get("tokenizer.ggml.tokens", [])
-    ends += [tokens.index(text) for text in _ENDS_OF_TURN if text in tokens]
-    first = metadata.get("tokenizer.ggml.eos_token_id", eos)
-    unique = list(dict.fromkeys(end for end in (first, *ends) if end is not None))
+    tokens = file.metadata.get("tokenizer.ggml.tokens", ())
+    by_name = (tokens.index(text) for text in _ENDS_OF_TURN if text in tokens)
+    ends = (*(token_id(file, role) for role in ("eos", "eot", "eom")), *by_name)
+    unique = list(dict.fromkeys(end for end in ends if end is not None))
     return {
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id", bos),
+        "bos_token_id": token_id(file, "bos"),
         "eos_token_id": unique if len(unique) > 1 else next(iter(unique), None),
-        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+        "pad_token_id": token_id(file, "padding"),
     }
 
 

@@ -71,23 +71,6 @@ class GgufFile:
     tensors: dict[str, GgufTensor]
     alignment: int
 
-    def read_rows(self, tensor: GgufTensor, start: int, stop: int) -> UInt8:
-        """Return the stored bytes of rows [start, stop) of the first axis: uint8 [stop - start, row_bytes].
-
-        Safe to call from several threads. Raises LlamaExportError when the file has become shorter or cannot be read.
-        """
-        if not 0 <= start <= stop <= tensor.shape[0]:
-            raise IndexError(f"{tensor.name} has rows 0 to {tensor.shape[0]}, not {start} to {stop}")
-        rows = np.empty((stop - start, tensor.row_bytes), np.uint8)
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                _read_into(file.fileno(), rows.reshape(-1).data, tensor.offset + start * tensor.row_bytes)
-        except OSError as error:
-            raise _bad(self.path, f"reading tensor {tensor.name!r} failed ({error.strerror})") from error
-        except EOFError as error:
-            raise _bad(self.path, f"the file ended inside tensor {tensor.name!r}; it has changed since") from error
-        return rows
-
 
 def read_gguf(path: Path) -> GgufFile:
     """Read the header of the GGUF file at `path`: its metadata and its tensor table, no tensor data.
@@ -101,6 +84,24 @@ def read_gguf(path: Path) -> GgufFile:
             return _Header(path, file.fileno(), size).read()
     except OSError as error:
         raise _bad(path, f"the file cannot be opened ({error.strerror}); give a readable GGUF file") from error
+
+
+def read_rows(path: Path, tensor: GgufTensor, start: int, stop: int) -> UInt8:
+    """Return the stored bytes of rows [start, stop) of the first axis: uint8 [stop - start, row_bytes].
+
+    Safe to call from several threads. Raises LlamaExportError when the file has become shorter or cannot be read.
+    """
+    if not 0 <= start <= stop <= tensor.shape[0]:
+        raise IndexError(f"{tensor.name} has rows 0 to {tensor.shape[0]}, not {start} to {stop}")
+    rows = np.empty((stop - start, tensor.row_bytes), np.uint8)
+    try:
+        with path.open("rb", buffering=0) as file:
+            _read_into(file.fileno(), rows.reshape(-1).data, tensor.offset + start * tensor.row_bytes)
+    except OSError as error:
+        raise _bad(path, f"reading tensor {tensor.name!r} failed ({error.strerror})") from error
+    except EOFError as error:
+        raise _bad(path, f"the file ended inside tensor {tensor.name!r}; it has changed since it was opened") from error
+    return rows
 
 
 def _bad(path: Path, why: str) -> LlamaExportError:

@@ -17,7 +17,8 @@ from ..optimize.tensors import BLOCK, Blocks, Float32, SourceTensor, UInt8
 from .config import expected_tensors
 from .gguf_blocks import BLOCK_TYPES, NotFiniteError, decode_blocks, decode_values
 from .gguf_config import check_architecture, generation_config, model_config
-from .gguf_file import GgufFile, GgufTensor, read_gguf
+from .gguf_file import GgufFile, GgufTensor, read_gguf, read_rows
+from .gguf_tokenizer import tokenizer_files
 from .source import Source
 
 _MODEL_PARTS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -53,6 +54,7 @@ def open_gguf(path: Path) -> Source:
     files: dict[str, Path | bytes] = {
         "config.json": _json(config),
         "generation_config.json": _json(generation_config(config)),
+        **tokenizer_files(file),
     }
     return Source(
         model_id=_text(metadata.get("general.name")) or path.stem,
@@ -95,7 +97,7 @@ def _rope_factors(file: GgufFile) -> Float32 | None:
             f"The GGUF file {file.path} has {_ROPE_FACTORS} of shape {list(tensor.shape)} instead of one axis; it is "
             "damaged or was converted wrongly, fetch it again."
         )
-    return _Rows(file, tensor).read(0, tensor.shape[0])
+    return _Rows(file.path, tensor).read(0, tensor.shape[0])
 
 
 def _tensors(file: GgufFile, config: dict[str, Any]) -> dict[str, SourceTensor]:
@@ -127,7 +129,7 @@ def _source_tensor(
             f"call for {list(shape)}; it is damaged or was converted wrongly, fetch it again."
         )
     rotary = any(part in name for part in _ROTARY_PARTS)
-    rows = _Rows(file, tensor, config["head_dim"] if rotary else None)
+    rows = _Rows(file.path, tensor, config["head_dim"] if rotary else None)
     return SourceTensor(name, shape, tensor.type, rows.read, rows.blocks if tensor.type in BLOCK_TYPES else None)
 
 
@@ -139,7 +141,7 @@ class _Rows:
     interleaved (llama.cpp's `LlamaModel.permute`). Whole rows move, so the quantised blocks stay as they are.
     """
 
-    file: GgufFile
+    path: Path
     tensor: GgufTensor
     head_dim: int | None = None
 
@@ -168,7 +170,7 @@ class _Rows:
             return decode(self.tensor.type, stored)
         except NotFiniteError as error:
             raise LlamaExportError(
-                f"The GGUF file {self.file.path} has scales in the tensor {self.tensor.name} that are not finite "
+                f"The GGUF file {self.path} has scales in the tensor {self.tensor.name} that are not finite "
                 "numbers; it is damaged, fetch it again."
             ) from error
 
@@ -183,11 +185,11 @@ class _Rows:
     def _stored(self, rows: npt.NDArray[np.int64]) -> UInt8:
         """Return the stored bytes of consecutive rows in Hugging Face order."""
         if self.head_dim is None:
-            return self.file.read_rows(self.tensor, int(rows[0]), int(rows[-1]) + 1)
+            return read_rows(self.path, self.tensor, int(rows[0]), int(rows[-1]) + 1)
         row_of_head = rows % self.head_dim
         half, pair = np.divmod(row_of_head, self.head_dim // 2)
         stored = rows - row_of_head + 2 * pair + half
         lowest = int(stored.min())
-        interleaved = self.file.read_rows(self.tensor, lowest, int(stored.max()) + 1)
+        interleaved = read_rows(self.path, self.tensor, lowest, int(stored.max()) + 1)
         ordered: UInt8 = interleaved[stored - lowest]
         return ordered
