@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ..errors import LlamaExportError, UsageError, did_you_mean
 from ..optimize.tensors import SourceTensor
+from .config import check_config, check_tensors
+from .hub import HubOptions, download_file, download_settings, download_weights
+from .token_ids import token_ids
 
 Kind = Literal["folder", "hub", "gguf"]
 
@@ -34,6 +40,33 @@ class Source:
     licence: str | None
     native_precision: str | None
 
+    def content(self, name: str) -> bytes:
+        """Return the content of one of `files`. Raises KeyError for another name."""
+        file = self.files[name]
+        return file if isinstance(file, bytes) else file.read_bytes()
+
+    def json(self, name: str) -> dict[str, Any]:
+        """Return the object in one of `files`, empty when the checkpoint has no such file.
+
+        Raises LlamaExportError when it holds no JSON object.
+        """
+        if name not in self.files:
+            return {}
+        try:
+            value = json.loads(self.content(name))
+        except (ValueError, RecursionError) as error:
+            raise LlamaExportError(
+                f"The {name} of {self.model_id} is no valid JSON ({error}); copy or download it again."
+            ) from error
+        if not isinstance(value, dict):
+            raise LlamaExportError(
+                f"The {name} of {self.model_id} does not hold one JSON object; copy or download it again."
+            )
+        return value
+
+
+_HUB_FILE = re.compile(r"(?P<repo>[^/:]+/[^/:]+):(?P<file>(?!.*\.\.)[^:/][^:]*\.gguf)", re.IGNORECASE)
+
 
 def open_source(
     model: str,
@@ -49,4 +82,53 @@ def open_source(
     whether stderr is a terminal.
     Raises UsageError when the name cannot be used, LlamaExportError when the checkpoint cannot be.
     """
-    raise NotImplementedError(model, revision, token, cache_dir, progress)
+    path = Path(model).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise UsageError(f"--revision {revision} is for models on the hub, but {model} is here; leave it out.")
+        source = _open_path(path)
+    elif _looks_like_path(model) and not _HUB_FILE.fullmatch(model):
+        raise UsageError(_no_such_path(path))
+    else:
+        source = _open_hub(model, HubOptions(revision, token, cache_dir, progress))
+    check_config(source.config)
+    source = replace(source, tensors=check_tensors(source.config, source.tensors))
+    token_ids(source)
+    return source
+
+
+def _open_path(path: Path) -> Source:
+    from .folder import open_folder  # noqa: PLC0415 - both make the class above
+    from .gguf_source import open_gguf  # noqa: PLC0415
+
+    if path.is_dir():
+        return open_folder(path, model_id=path.resolve().name)
+    if path.suffix.lower() == ".gguf":
+        return open_gguf(path)
+    advice = f"name its folder {path.parent}" if path.suffix == ".safetensors" else "name a folder or a .gguf file"
+    raise UsageError(f"{path} is a file, but no GGUF file, which is the one kind of file read as a model; {advice}.")
+
+
+def _open_hub(model: str, options: HubOptions) -> Source:
+    from .folder import open_folder, read_config  # noqa: PLC0415
+    from .gguf_source import open_gguf  # noqa: PLC0415
+
+    if match := _HUB_FILE.fullmatch(model):
+        download = download_file(match["repo"], match["file"], options)
+        return replace(open_gguf(download.path), model_id=model, revision=download.revision)
+    download = download_settings(model, options)
+    read_config(download.path)  # refuses other architectures before gigabytes of them are downloaded
+    download_weights(model, download, options)
+    return open_folder(download.path, model_id=model, revision=download.revision, kind="hub")
+
+
+def _looks_like_path(model: str) -> bool:
+    return model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model or model.endswith(".gguf")
+
+
+def _no_such_path(path: Path) -> str:
+    parent = path.parent
+    if not parent.is_dir():
+        return f"There is no {path}, since there is no folder {parent}; name a folder, a GGUF file or a hub id."
+    names = [entry.name for entry in sorted(parent.iterdir()) if entry.is_dir() or entry.suffix == ".gguf"]
+    return f"There is no {path}; name a folder, a GGUF file or a hub id." + did_you_mean(path.name, names)

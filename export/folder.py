@@ -1,0 +1,167 @@
+"""A folder in Hugging Face's layout as a checkpoint: config.json, safetensors, tokenizer, licence files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import LlamaExportError
+from ..optimize.tensors import SourceTensor
+from .config import check_config
+from .safetensors_file import open_safetensors
+from .source import Kind, Source
+
+_COPIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_LEGAL = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)([._-].*)?", re.IGNORECASE)
+_MOST_TEXT = 100_000_000
+"""Bytes of any file but the weights; Llama 3's tokenizer.json, the largest, has 17 million."""
+_ROWS = 4096
+
+
+def open_folder(path: Path, *, model_id: str, revision: str | None = None, kind: Kind = "folder") -> Source:
+    """Open a checkpoint folder. Reads config, tokenizer settings and the headers of the weights.
+
+    Raises LlamaExportError that names the file that is missing or broken.
+    """
+    config = read_config(path)
+    tensors = open_safetensors(path)
+    if config.get("tie_word_embeddings"):
+        tensors = _without_tied_copy(tensors)
+    if not (path / "tokenizer.json").is_file():
+        raise LlamaExportError(_no_tokenizer(path))
+    return Source(
+        model_id=model_id,
+        revision=revision,
+        kind=kind,
+        config=config,
+        tensors=tensors,
+        files=_files(path),
+        licence=_licence(path),
+        native_precision=None,
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the config.json of a checkpoint folder, after `check_config`. Raises LlamaExportError when it is unusable."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise LlamaExportError(_no_config(path))
+    config = read_json(file)
+    check_config(config)
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of bounded size. Raises LlamaExportError when there is none."""
+    try:
+        size = path.stat().st_size
+        value = json.loads(path.read_bytes()) if size <= _MOST_TEXT else None
+    except OSError as error:
+        raise LlamaExportError(f"Cannot read {path}: {error.strerror}; check the file and its permissions.") from error
+    except (ValueError, RecursionError) as error:
+        raise LlamaExportError(f"{path} is no valid JSON ({error}); copy or download it again.") from error
+    if not isinstance(value, dict):
+        raise LlamaExportError(f"{path} does not hold one JSON object; copy or download it again.")
+    return value
+
+
+def _no_config(path: Path) -> str:
+    if (path / "manifest.json").is_file():
+        return f"{path} is a bundle, not a checkpoint; name the model that it was built from."
+    if (path / "params.json").is_file():
+        return (
+            f"{path} holds a checkpoint in Meta's own format (params.json); take the one in Hugging Face's format, "
+            "with config.json and safetensors."
+        )
+    if (path / "adapter_config.json").is_file():
+        return f"{path} holds a LoRA adapter and no model; name the model that the adapter was trained on."
+    if ggufs := sorted(path.glob("*.gguf")):
+        return f"{path} has no config.json but GGUF files; name the file, such as {ggufs[0]}."
+    return f"{path} has no config.json; expected a checkpoint folder with config.json, tokenizer.json and safetensors."
+
+
+def _no_tokenizer(path: Path) -> str:
+    if (path / "tokenizer.model").is_file():
+        return (
+            f"{path} has only a sentencepiece tokenizer.model; convert it with AutoTokenizer.from_pretrained(...)"
+            ".save_pretrained(...) of transformers, which writes the tokenizer.json that is expected."
+        )
+    return f"{path} has no tokenizer.json, which the bundle needs; copy it from the checkpoint."
+
+
+def _without_tied_copy(tensors: dict[str, SourceTensor]) -> dict[str, SourceTensor]:
+    """Leave out a head that repeats the embedding; one that differs contradicts the config and is refused."""
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    if head is None or embedding is None:
+        return tensors
+    if head.shape != embedding.shape or any(
+        not np.array_equal(head.read(start, stop), embedding.read(start, stop), equal_nan=True)
+        for start in range(0, head.shape[0], _ROWS)
+        for stop in [min(start + _ROWS, head.shape[0])]
+    ):
+        raise LlamaExportError(
+            "config.json says tie_word_embeddings: true, but lm_head.weight differs from model.embed_tokens.weight; "
+            "set tie_word_embeddings to false in config.json if the head is meant."
+        )
+    return {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+
+
+def _files(path: Path) -> dict[str, Path | bytes]:
+    files: dict[str, Path | bytes] = {name: path / name for name in _COPIED if (path / name).is_file()}
+    files |= {file.name: file for file in sorted(path.iterdir()) if _LEGAL.fullmatch(file.name) and file.is_file()}
+    for name, file in files.items():
+        if isinstance(file, Path) and file.stat().st_size > _MOST_TEXT:
+            raise LlamaExportError(
+                f"{file} has {file.stat().st_size} bytes, but {name} has at most {_MOST_TEXT}; check what it is."
+            )
+    if "chat_template.jinja" not in files and (template := _chat_template(path)) is not None:
+        files["chat_template.jinja"] = template.encode()
+    return files
+
+
+def _chat_template(path: Path) -> str | None:
+    """Return the chat template that older checkpoints keep in tokenizer_config.json or chat_template.json."""
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        template = read_json(path / name).get("chat_template") if (path / name).is_file() else None
+        if isinstance(template, list):  # several, by name
+            template = {item.get("name"): item.get("template") for item in template if isinstance(item, Mapping)}
+            template = template.get("default")
+        if isinstance(template, str):
+            return template
+    return None
+
+
+def _licence(path: Path) -> str | None:
+    """Return the licence that the model card names, else the first line of the licence file."""
+    card = path / "README.md"
+    if card.is_file():
+        front = re.match(r"---\s*\n(.*?)\n---\s*\n", _beginning(card), re.DOTALL)
+        # The two lines wanted are plain `key: value`, so no YAML reader is needed.
+        lines = re.findall(r"^(license|license_name):\s*['\"]?([^\s'\"#]+)", front[1] if front else "", re.MULTILINE)
+        named: dict[str, str] = dict(lines)
+        if named.get("license", "other") != "other":
+            return named["license"]
+        if "license_name" in named:
+            return named["license_name"]
+    for file in sorted(path.iterdir()):
+        if re.fullmatch(r"LICEN[CS]E([._-].*)?", file.name, re.IGNORECASE) and file.is_file():
+            return next((line.strip()[:120] for line in _beginning(file).splitlines() if line.strip()), None)
+    return None
+
+
+def _beginning(path: Path) -> str:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.read(100_000)
