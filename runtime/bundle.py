@@ -1,0 +1,256 @@
+"""What a bundle is: a folder whose `manifest.json` says what every other file is, read strictly and written last."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import LlamaExportError, UsageError
+from .decode_json import decode
+from .hashing import sha256_of_all
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+DIALECTS = ("ort", "trt", "trt-primitive")
+CACHE_DTYPES = ("float32", "float16")
+
+_MAX_MANIFEST_BYTES = 4 << 20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_VERSION = re.compile(r"\d+(\.\d+)*")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of a bundle. sha256: 64 lower-case hexadecimal digits; size: bytes."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """Where the weights came from. source: the kind of checkpoint, such as "huggingface" or "gguf"."""
+
+    id: str
+    source: str
+    revision: str | None = None
+    licence: str | None = None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of the model. cache_dtype: float32 or float16, the type of the past_key_values inputs."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    cache_dtype: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """context: tokens that the cache can hold; batch: rows; prefill_chunk: prompt tokens given to the model at once."""
+
+    context: int
+    batch: int = 1
+    prefill_chunk: int = 512
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Ids with a meaning. eos: every id that ends an answer; add_bos: whether tokenizer.json puts BOS before a text."""
+
+    bos: int | None
+    eos: tuple[int, ...]
+    pad: int | None
+    add_bos: bool
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json`, schema version 1. Instances are always valid: construction raises LlamaExportError otherwise.
+
+    minimum: lowest versions that run the bundle, for "python" and "onnxruntime"; providers: ONNX Runtime's execution
+    providers in order, the first one is required; files: every file but the manifest, by path with forward slashes;
+    tools: versions of what made the bundle; notes: sentences for people.
+    """
+
+    model: ModelRecord
+    target: str
+    dialect: str
+    precision: str
+    shape: Shape
+    limits: Limits
+    tokens: Tokens
+    minimum: Mapping[str, str] = field(default_factory=dict)
+    providers: tuple[str, ...] = ()
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+    tools: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        for problem in _problems(self):
+            raise LlamaExportError(f"{MANIFEST}: {problem}.")
+
+    @staticmethod
+    def from_json(text: str | bytes) -> Manifest:
+        """Read a manifest. Raises LlamaExportError when it is not JSON, of a newer schema, or in any way not valid."""
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise LlamaExportError(f"{MANIFEST} is not valid JSON ({error}); build the bundle again.") from error
+        version = value.get("schema_version") if isinstance(value, dict) else None
+        if type(version) is int and version > SCHEMA_VERSION:
+            raise LlamaExportError(
+                f"The bundle has schema version {version}, but this llama-export reads up to {SCHEMA_VERSION}; "
+                "upgrade it with `pip install --upgrade llama-export`."
+            )
+        if version != SCHEMA_VERSION:
+            raise LlamaExportError(f"{MANIFEST} must have schema_version {SCHEMA_VERSION}, not {version!r}.")
+        return decode(Manifest, value, MANIFEST)
+
+    def to_json(self) -> str:
+        """Return the manifest as indented JSON text with the schema version first; the same for equal manifests."""
+        value: dict[str, Any] = {"schema_version": self.schema_version, **dataclasses.asdict(self)}
+        value["files"] = dict(sorted(value["files"].items()))
+        return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _problems(manifest: Manifest) -> Iterator[str]:
+    """Yield what is wrong with the values of a manifest, beyond their types."""
+    shape, limits, tokens = manifest.shape, manifest.limits, manifest.tokens
+    bounds = (
+        ("shape.layers", shape.layers, 1, 1 << 12),
+        ("shape.hidden", shape.hidden, 1, 1 << 20),
+        ("shape.heads", shape.heads, 1, 1 << 14),
+        ("shape.kv_heads", shape.kv_heads, 1, shape.heads),
+        ("shape.head_dim", shape.head_dim, 1, 1 << 14),
+        ("shape.ffn", shape.ffn, 1, 1 << 24),
+        ("shape.vocab", shape.vocab, 1, 1 << 24),
+        ("limits.context", limits.context, 1, 1 << 24),
+        ("limits.batch", limits.batch, 1, 1 << 12),
+        ("limits.prefill_chunk", limits.prefill_chunk, 1, 1 << 24),
+        *((f"tokens.{name}", value, 0, shape.vocab - 1) for name, value in _token_ids(tokens)),
+        *((f"files[{name!r}].size", record.size, 0, 1 << 62) for name, record in manifest.files.items()),
+    )
+    for name, value, low, high in bounds:
+        if not low <= value <= high:
+            yield f"{name} must be from {low} to {high}, not {value}"
+    if shape.heads % shape.kv_heads:
+        yield f"shape.heads ({shape.heads}) must be a multiple of shape.kv_heads ({shape.kv_heads})"
+    if manifest.dialect not in DIALECTS:
+        yield f"dialect must be one of {', '.join(DIALECTS)}, not {manifest.dialect!r}"
+    if shape.cache_dtype not in CACHE_DTYPES:
+        yield f"shape.cache_dtype must be one of {', '.join(CACHE_DTYPES)}, not {shape.cache_dtype!r}"
+    for name, version in manifest.minimum.items():
+        if not _VERSION.fullmatch(version):
+            yield f"minimum.{name} must be a version such as 1.23.2, not {version!r}"
+    for name, record in manifest.files.items():
+        if not is_safe_name(name):
+            yield f"files has the path {name!r}, which does not name a file inside the bundle"
+        if not _SHA256.fullmatch(record.sha256):
+            yield f"files[{name!r}].sha256 must be 64 hexadecimal digits"
+
+
+def _token_ids(tokens: Tokens) -> Iterator[tuple[str, int]]:
+    for name, value in (("bos", tokens.bos), ("pad", tokens.pad)):
+        if value is not None:
+            yield name, value
+    yield from (("eos", value) for value in tokens.eos)
+
+
+def is_safe_name(name: str) -> bool:
+    """Tell whether `name` is a relative path with forward slashes that stays in its folder on every system."""
+    parts = name.split("/")
+    return name != MANIFEST and not any(
+        part in ("", ".", "..") or any(char in '\\:*?"<>|' or ord(char) < 32 for char in part) for part in parts
+    )
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle. path: its folder, absolute; manifest_sha256: what names this bundle in caches."""
+
+    path: Path
+    manifest: Manifest
+    manifest_sha256: str
+
+    def file(self, name: str) -> Path:
+        """Return the path of a file that the manifest lists; LlamaExportError when it lists no such file."""
+        if name not in self.manifest.files:
+            raise LlamaExportError(f"The bundle {self.path} has no {name}; build it again.")
+        return self.path / name
+
+
+def open_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """Read and check the manifest of the bundle in the folder `path`; contents of other files are not read.
+
+    Raises UsageError when there is no such folder, LlamaExportError when it is no bundle, is of a newer schema, or
+    names a file outside the folder, also through a symbolic link.
+    """
+    folder = Path(path).expanduser()
+    how = f"make one with `llama-export build -m MODEL -t TARGET -o {path}`"
+    if not folder.exists():
+        raise UsageError(f"There is no bundle {path}; {how}.")
+    if not folder.is_dir():
+        raise UsageError(f"{path} is a file, but a bundle is a folder; {how}.")
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        raise LlamaExportError(f"{path} is not a bundle, as it has no {MANIFEST}; {how}.")
+    try:
+        size = manifest.stat().st_size
+        data = manifest.read_bytes() if size <= _MAX_MANIFEST_BYTES else b""
+    except OSError as error:
+        raise LlamaExportError(f"{manifest} cannot be read: {error.strerror}.") from error
+    if size > _MAX_MANIFEST_BYTES:
+        raise LlamaExportError(f"{manifest} has {size} bytes, more than any manifest needs; build the bundle again.")
+    bundle = Bundle(folder.resolve(), Manifest.from_json(data), hashlib.sha256(data).hexdigest())
+    for name in (MANIFEST, *bundle.manifest.files):
+        _refuse_escape(bundle.path, name)
+    return bundle
+
+
+def _refuse_escape(folder: Path, name: str) -> None:
+    if not (folder / name).resolve().is_relative_to(folder):
+        raise LlamaExportError(
+            f"{folder / name} is a link that leads out of the bundle; copy the bundle with its links followed (cp -rL)."
+        )
+
+
+def seal(
+    folder: str | os.PathLike[str], manifest: Manifest, *, known: Mapping[str, FileRecord] | None = None
+) -> Manifest:
+    """Record every file of `folder` in `manifest.files` and write `manifest.json`, last and atomically.
+
+    manifest: all but `files`, which is replaced; known: records that the writer of a file already has, trusted when
+    the size agrees. Returns the manifest as written. Raises LlamaExportError when a file cannot be read or named.
+    """
+    root = Path(folder).resolve()
+    part = root / f"{MANIFEST}.part"
+    files = [Path(base) / name for base, _, names in os.walk(root) for name in names]
+    paths = {path.relative_to(root).as_posix(): path for path in sorted(files) if path not in (root / MANIFEST, part)}
+    for name in paths:
+        _refuse_escape(root, name)
+    sizes = {name: path.stat().st_size for name, path in paths.items()}
+    records = {name: record for name, record in (known or {}).items() if sizes.get(name) == record.size}
+    hashes = sha256_of_all(path for name, path in paths.items() if name not in records)
+    records |= {name: FileRecord(hashes[path], sizes[name]) for name, path in paths.items() if path in hashes}
+    sealed = dataclasses.replace(manifest, files=dict(sorted(records.items())))
+    with part.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(sealed.to_json())
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(root / MANIFEST)
+    return sealed

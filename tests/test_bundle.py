@@ -1,0 +1,175 @@
+"""The manifest and the folder around it: what is written is read back, and nothing crooked is accepted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llama_export.errors import LlamaExportError, UsageError
+from llama_export.runtime.bundle import FileRecord, Limits, Manifest, Tokens, is_safe_name, open_bundle, seal
+from llama_export.runtime.hashing import sha256_of
+
+from .support.tiny_bundle import TinyLlama, manifest_for
+
+MANIFEST = manifest_for(TinyLlama({}))
+
+
+def changed(path: str, value: Any) -> str:
+    """Return the manifest's JSON with the value at a dotted path replaced; a value of ... removes the key."""
+    tree = json.loads(MANIFEST.to_json())
+    *parents, last = path.split(".")
+    node = tree
+    for parent in parents:
+        node = node[parent]
+    if value is ...:
+        del node[last]
+    else:
+        node[last] = value
+    return json.dumps(tree)
+
+
+def test_json_round_trip() -> None:
+    full = dataclasses.replace(
+        MANIFEST, files={"b/c.txt": FileRecord("0" * 64, 7)}, tools={"torch": "2.13.0"}, notes=("Größe",)
+    )
+    assert Manifest.from_json(full.to_json()) == full
+    assert next(iter(json.loads(full.to_json()))) == "schema_version"
+
+
+def test_newer_schema_says_upgrade() -> None:
+    with pytest.raises(LlamaExportError, match=r"schema version 2.*reads up to 1.*upgrade"):
+        Manifest.from_json(changed("schema_version", 2))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("schema_version", ..., "schema_version 1, not None"),
+        ("schema_version", "1", "schema_version 1, not '1'"),
+        ("shape.layers", "30", r"shape\.layers must be an integer, not '30'"),
+        ("shape.layers", True, r"shape\.layers must be an integer, not True"),
+        ("shape.layers", 0, r"shape\.layers must be from 1"),
+        ("shape.kv_heads", 4, "multiple"),
+        ("shape.kv_heads", 12, r"kv_heads must be from 1 to 6"),
+        ("shape.cache_dtype", "int8", "cache_dtype must be one of float32, float16"),
+        ("limits.context", 1 << 40, r"limits\.context must be from 1"),
+        ("limits.contxt", 5, r"unknown key 'contxt'. Did you mean 'context'\?"),
+        ("tokens.eos", 257, r"tokens\.eos must be a list"),
+        ("tokens.eos", [257, 261], r"tokens\.eos must be from 0 to 260, not 261"),
+        ("tokens.bos", -1, r"tokens\.bos must be"),
+        ("dialect", "torch", "dialect must be one of ort, trt"),
+        ("minimum", {"onnxruntime": "new"}, r"minimum\.onnxruntime must be a version"),
+        ("target", ..., "lacks the key 'target'"),
+        ("files", {"a": {"sha256": "xyz", "size": 1}}, "64 hexadecimal"),
+        ("files", {"a": {"sha256": "0" * 64, "size": -1}}, "size must be from 0"),
+        ("files", {"../a": {"sha256": "0" * 64, "size": 1}}, r"'\.\./a', which does not name a file inside"),
+        ("files", [], "files must be an object"),
+        ("notes", ["a", 3], r"notes\[1\] must be a string"),
+    ],
+)
+def test_wrong_values_are_named(path: str, value: Any, message: str) -> None:
+    with pytest.raises(LlamaExportError, match=message):
+        Manifest.from_json(changed(path, value))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"schema_version": 1}', "[" * 100_000])
+def test_what_is_no_manifest(text: str) -> None:
+    with pytest.raises(LlamaExportError):
+        Manifest.from_json(text)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "../x", "a/../x", "/etc/passwd", "a//b", "a/", "a\\b", "C:x", "a\0b", "./a", "manifest.json"],
+)
+def test_unsafe_names(name: str) -> None:
+    assert not is_safe_name(name)
+
+
+def test_safe_names() -> None:
+    assert all(map(is_safe_name, ["a", "model.onnx.data", "engine/sm_89.plan", "..a", "a b", "é"]))
+
+
+def test_seal_records_every_file_and_opens(tmp_path: Path) -> None:
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "a.bin").write_bytes(b"x" * 3_000_001)
+    (tmp_path / "engine" / "plan").write_bytes(b"")
+    (tmp_path / "manifest.json.part").write_bytes(b"left over")
+    sealed = seal(tmp_path, MANIFEST)
+    assert sealed.files == {
+        "a.bin": FileRecord(sha256_of(tmp_path / "a.bin"), 3_000_001),
+        "engine/plan": FileRecord("e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855", 0),
+    }
+    bundle = open_bundle(tmp_path)
+    assert bundle.manifest == sealed
+    assert bundle.file("engine/plan") == tmp_path.resolve() / "engine" / "plan"
+    assert bundle.manifest_sha256 == sha256_of(tmp_path / "manifest.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "engine", "manifest.json"]
+
+
+def test_seal_trusts_known_hashes_of_the_right_size_only(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    (tmp_path / "b").write_bytes(b"12345")
+    known = {"a": FileRecord("1" * 64, 5), "b": FileRecord("1" * 64, 4), "gone": FileRecord("2" * 64, 5)}
+    files = seal(tmp_path, MANIFEST, known=known).files
+    assert files["a"].sha256 == "1" * 64
+    assert files["b"].sha256 == sha256_of(tmp_path / "b")
+    assert "gone" not in files
+
+
+def test_opening_what_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"There is no bundle .*absent; make one with `llama-export build"):
+        open_bundle(tmp_path / "absent")
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(UsageError, match="is a file, but a bundle is a folder"):
+        open_bundle(file)
+    with pytest.raises(LlamaExportError, match=r"no manifest\.json"):
+        open_bundle(tmp_path)
+
+
+def test_a_file_the_manifest_lacks(tmp_path: Path) -> None:
+    seal(tmp_path, MANIFEST)
+    with pytest.raises(LlamaExportError, match=r"has no model\.onnx; build it again"):
+        open_bundle(tmp_path).file("model.onnx")
+
+
+def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "bundle", tmp_path / "secret"
+    folder.mkdir()
+    outside.write_text("s")
+    (folder / "inside").write_text("s")
+    (folder / "link").symlink_to("inside")
+    seal(folder, MANIFEST)
+    assert "link" in open_bundle(folder).manifest.files
+    (folder / "link").unlink()
+    (folder / "link").symlink_to(outside)
+    with pytest.raises(LlamaExportError, match="link that leads out"):
+        open_bundle(folder)
+    with pytest.raises(LlamaExportError, match="link that leads out"):
+        seal(folder, MANIFEST)
+
+
+def test_a_bundle_behind_a_link_opens(tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    seal(folder, MANIFEST)
+    (tmp_path / "link").symlink_to(folder)
+    assert open_bundle(tmp_path / "link").path == folder.resolve()
+
+
+def test_an_enormous_manifest_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "manifest.json").open("wb") as file:
+        file.truncate(5 << 20)
+    with pytest.raises(LlamaExportError, match="more than any manifest needs"):
+        open_bundle(tmp_path)
+
+
+def test_a_manifest_in_python_is_checked_too() -> None:
+    with pytest.raises(LlamaExportError, match=r"limits\.context"):
+        dataclasses.replace(MANIFEST, limits=Limits(0))
+    with pytest.raises(LlamaExportError, match=r"tokens\.pad"):
+        dataclasses.replace(MANIFEST, tokens=Tokens(None, (), 9999, add_bos=False))
