@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnxruntime_genai as og
 
-if TYPE_CHECKING:
+if TYPE_CHECKING or __package__:
     from .protocol import main
 else:
     from protocol import main

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from llama_cpp import Llama
 
-if TYPE_CHECKING:
+if TYPE_CHECKING or __package__:
     from .protocol import main
 else:
     from protocol import main

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-if TYPE_CHECKING:
+if TYPE_CHECKING or __package__:
     from .protocol import main
 else:
     from protocol import main
