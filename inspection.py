@@ -90,7 +90,7 @@ def _cache_text(shape: Shape, limits: Limits) -> str:
     return f"{shape.cache_dtype}, {size(1000 * one)} for 1,000 tokens, {full} in full"
 
 
-def _hashes_text(bundle: Bundle) -> str:
+def _hashes(bundle: Bundle) -> str:
     try:
         if is_checked(bundle):
             return "checked on this machine, and no file has changed since"

@@ -1,0 +1,249 @@
+"""The command line as a user meets it: help, errors in one sentence, exit codes, and what goes to which stream."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+from llama_export import __version__, cli
+from llama_export.cli_support import Group
+from llama_export.errors import LlamaExportError, UsageError
+from llama_export.progress import Progress
+
+
+def call(*arguments: str, environment: dict[str, str] | None = None) -> Result:
+    return CliRunner(env=environment).invoke(cli.main, list(arguments))
+
+
+@pytest.fixture
+def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The real builder replaced by one that notes its options and makes nothing; works in an empty folder."""
+    seen: list[Any] = []
+
+    def build(options: Any, *, progress: Progress) -> Any:
+        seen.append(options)
+        progress.stage("Reading")
+        progress.warn("The licence is unknown.")
+        return SimpleNamespace(lines=lambda: ["made it"], to_json=lambda: {"bundle": str(options.output)})
+
+    module = ModuleType("llama_export.export.build")
+    module.__dict__.update(build=build, BuildOptions=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "llama_export.export.build", module)
+    monkeypatch.setattr(cli, "need_extra", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    return seen
+
+
+def test_help_names_every_command() -> None:
+    result = call("--help")
+    assert result.exit_code == 0
+    for name in cli.main.commands:
+        assert f"\n  {name} " in result.output
+
+
+def test_version() -> None:
+    assert call("--version").output == f"llama-export, version {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["targets"]])
+def test_start_imports_nothing_heavy(arguments: list[str]) -> None:
+    heavy = "{'torch', 'onnx', 'onnxruntime', 'transformers', 'numpy', 'tokenizers', 'huggingface_hub'}"
+    script = f"""
+import sys
+from llama_export.cli import main
+try:
+    main({arguments})
+except SystemExit as end:
+    assert end.code == 0
+print(sorted({heavy} & set(sys.modules)), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr == "[]\n"
+
+
+def test_an_unknown_command_is_offered_the_nearest() -> None:
+    result = call("bild")
+    assert result.exit_code == 2
+    assert "There is no command 'bild'. Did you mean 'build'? Commands: " in result.stderr
+
+
+def test_an_unknown_option_is_offered_the_nearest() -> None:
+    result = call("build", "--presicion", "int4")
+    assert result.exit_code == 2
+    assert "--presicion" in result.stderr
+    assert "'--precision'" in result.stderr
+
+
+@pytest.mark.parametrize("missing", ["--model", "--target", "--output"])
+def test_build_says_which_option_is_missing(builds: list[Any], missing: str) -> None:
+    given = {"--model": "m", "--target": "cpu", "--output": "o"}
+    result = call("build", *(word for name, value in given.items() if name != missing for word in (name, value)))
+    assert result.exit_code == 2
+    assert f"'{missing}'" in result.stderr
+
+
+def test_build_passes_its_options_on(builds: list[Any]) -> None:
+    result = call(
+        *("build", "-m", "m", "-t", "cpu", "-o", "out", "--precision", "int8", "--context", "100", "--batch", "2"),
+        *("--revision", "r", "--token", "t", "--cache-dir", "c", "--no-reference", "--force"),
+    )
+    assert result.exit_code == 0
+    assert vars(builds[0]) == {
+        **{"model": "m", "target": "cpu", "output": Path("out"), "precision": "int8", "context": 100, "batch": 2},
+        **{"revision": "r", "token": "t", "cache_dir": Path("c"), "reference": False, "force": True},
+    }
+
+
+def test_build_leaves_open_what_was_not_said(builds: list[Any]) -> None:
+    call("build", "-m", "m", "-t", "cpu", "-o", "out")
+    assert vars(builds[0]) == {
+        **{"model": "m", "target": "cpu", "output": Path("out"), "precision": None, "context": None, "batch": 1},
+        **{"revision": None, "token": None, "cache_dir": None, "reference": True, "force": False},
+    }
+
+
+def test_a_configured_folder_needs_only_the_target(builds: list[Any]) -> None:
+    Path("llama-export.toml").write_text('model = "m"\n[build]\noutput = "bundles/m"\ncontext = 512\n')
+    assert call("build", "--target", "cpu").exit_code == 0
+    assert (builds[0].model, builds[0].target, builds[0].output, builds[0].context) == (
+        *("m", "cpu", Path("bundles/m"), 512),
+    )
+
+
+def test_results_go_to_stdout_and_progress_to_stderr(builds: list[Any]) -> None:
+    result = call("build", "-m", "m", "-t", "cpu", "-o", "out")
+    assert result.stdout == "made it\n"
+    assert "Reading" in result.stderr
+    quiet = call("build", "-m", "m", "-t", "cpu", "-o", "out", "--quiet", "--json")
+    assert json.loads(quiet.stdout) == {"bundle": "out"}
+    assert quiet.stderr == "Warning: The licence is unknown.\n"
+
+
+def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama_export.cli_support.importlib.util.find_spec", lambda name: name != "torch" or None)
+    result = call("build", "-m", "m", "-t", "cpu", "-o", "out")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "Error: Building a bundle needs packages that are not installed here (torch): "
+        "run `pip install 'llama-export[build,cpu]'`.\n"
+    )
+
+
+# How an error ends a command
+
+
+def failing(error: BaseException) -> click.Group:
+    @click.group(cls=Group)
+    def group() -> None:
+        pass
+
+    @group.command()
+    def fail() -> None:
+        raise error
+
+    return group
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "stderr"),
+    [
+        (LlamaExportError("It broke."), 1, "Error: It broke.\n"),
+        (UsageError("It is wrong."), 2, "Error: It is wrong.\n"),
+        (
+            OSError(28, "No space left on device", "out/model.onnx"),
+            1,
+            "Error: No space left on device: out/model.onnx.\n",
+        ),
+        (KeyboardInterrupt(), 130, "Interrupted.\n"),
+    ],
+)
+def test_errors_are_one_sentence_and_an_exit_code(error: BaseException, code: int, stderr: str) -> None:
+    result = CliRunner().invoke(failing(error), ["fail"])
+    assert (result.exit_code, result.stdout, result.stderr) == (code, "", stderr)
+
+
+@pytest.mark.parametrize(("arguments", "variable"), [(["--debug"], None), ([], "1")])
+def test_debug_shows_the_traceback(arguments: list[str], variable: str | None) -> None:
+    runner = CliRunner(env={"LLAMA_EXPORT_DEBUG": variable})
+    result = runner.invoke(failing(LlamaExportError("It broke.")), ["fail", *arguments])
+    assert result.exit_code == 1
+    assert "Traceback (most recent call last)" in result.stderr
+    assert result.stderr.endswith("Error: It broke.\n")
+
+
+def test_a_fault_of_ours_keeps_its_traceback() -> None:
+    result = CliRunner().invoke(failing(ZeroDivisionError("ours")), ["fail"])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+TALKATIVE = """
+import click
+from llama_export.cli_support import Group
+
+@click.group(cls=Group)
+def group():
+    pass
+
+@group.command()
+def talk():
+    for number in range(100_000):
+        click.echo(f"line {number}")
+
+group()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pipe of a POSIX system")
+def test_a_reader_that_stops_early_is_no_error() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", TALKATIVE, "talk"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "line 0\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=60) == 1
+
+
+# targets, inspect and doctor, here only as commands
+
+
+def test_targets_lists_shows_and_speaks_json() -> None:
+    assert "jetson-agx-orin-64gb" in call("targets").output
+    assert "assumption" in call("targets", "cpu").output
+    assert {entry["name"] for entry in json.loads(call("targets", "--json").output)} >= {"cpu", "host", "rtx"}
+    assert json.loads(call("targets", "l4", "--json").output)["bandwidth_gbs"] == 300
+
+
+def test_targets_with_an_unknown_name() -> None:
+    result = call("targets", "jetson-orn")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Did you mean 'jetson-orin'?" in result.stderr
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("x")])
+def test_inspect_refuses_what_is_no_bundle(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path / "bundle")
+    result = call("inspect", str(tmp_path / "bundle"))
+    assert result.exit_code in (1, 2)
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert "llama-export build" in result.stderr
+
+
+def test_doctor_always_ends_well_and_sees_wrong_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("llama-export.toml").write_text("modle = 1")
+    result = call("doctor")
+    assert result.exit_code == 0
+    assert "unknown key 'modle'. Did you mean 'model'?" in result.output
+    assert json.loads(call("doctor", "--json").output)["settings_error"].endswith(".")

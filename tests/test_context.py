@@ -1,0 +1,125 @@
+"""How many tokens fit: hand-counted sizes, the limits that decide, and the sentences that say so."""
+
+import re
+from dataclasses import dataclass, replace
+
+import pytest
+from llama_export.errors import LlamaExportError, UsageError
+from llama_export.targets.context import (
+    RUNTIME_BYTES,
+    Load,
+    bytes_per_token,
+    choose_context,
+    default_context,
+    needed_bytes,
+    workspace_bytes,
+)
+from llama_export.targets.devices import GB, Target, load_target
+
+
+@dataclass(frozen=True)
+class Shape:
+    layers: int = 3
+    hidden: int = 20
+    heads: int = 6
+    kv_heads: int = 2
+    head_dim: int = 5
+    ffn: int = 28
+    vocab: int = 101
+
+
+LLAMA_1B = Shape(layers=16, hidden=2048, heads=32, kv_heads=8, head_dim=64, ffn=8192, vocab=128256)
+
+
+def load_1b(**changes: object) -> Load:
+    return replace(Load(LLAMA_1B, 806_000_000, "float32", on_cpu=True), **changes)
+
+
+def with_memory(usable_gb: float) -> Target:
+    return replace(load_target("cpu"), memory_gb=usable_gb + 2, reserve_gb=2)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", 240), ("float16", 120), ("int8", 60)])
+def test_a_token_leaves_keys_and_values_in_every_layer(dtype: str, expected: int) -> None:
+    assert bytes_per_token(Shape(), dtype) == expected  # 2 * 3 layers * 2 KV heads * 5 * itemsize
+
+
+def test_workspace_counts_the_chunk_and_on_the_cpu_the_scores() -> None:
+    on_gpu = Load(Shape(), 0, "float16", on_cpu=False, batch=2, prefill_chunk=16)
+    width = 3 * 28 + 4 * 20 + (6 + 4) * 5
+    logits = 4 * 2 * 101
+    assert workspace_bytes(on_gpu, 100) == 2 * 16 * width * 2 + logits
+    on_cpu = replace(on_gpu, on_cpu=True)
+    assert workspace_bytes(on_cpu, 100) - workspace_bytes(on_gpu, 100) == 2 * 6 * 16 * 100 * 4
+    assert workspace_bytes(on_gpu, 7) == 2 * 7 * width * 2 + logits, "a context below the chunk has no larger chunks"
+
+
+def test_weights_count_more_on_the_cpu_than_in_their_file() -> None:
+    cpu, cuda = (needed_bytes(load_1b(on_cpu=on_cpu), 0) - RUNTIME_BYTES for on_cpu in (True, False))
+    assert 1_276e6 < cpu < 1_300e6, "measured: 1,276 MB resident for 806 MB"
+    assert 806e6 <= cuda < 807e6
+
+
+def test_the_whole_context_is_chosen_where_it_fits_even_if_odd() -> None:
+    choice = default_context(with_memory(2), Load(Shape(), 1000, "float32", on_cpu=True), 1001)
+    assert (choice.context, choice.warning) == (1001, None)
+    assert "Context 1,001 tokens: all that the model knows" in choice.reason
+
+
+def test_memory_bounds_the_context_to_a_multiple_of_256() -> None:
+    target = with_memory(3)
+    choice = default_context(target, load_1b(), 131_072)
+    assert choice.context % 256 == 0
+    assert needed_bytes(load_1b(), choice.context) <= 3 * GB < needed_bytes(load_1b(), choice.context + 256)
+    assert re.search(r"Context [\d,]+ tokens of the model's 131,072: more does not fit the 3\.0 GB", choice.reason)
+    assert choice.reason.endswith(".")
+
+
+@pytest.mark.parametrize("change", [{"batch": 4}, {"weight_bytes": 1_200_000_000}])
+def test_what_takes_more_leaves_fewer_tokens(change: dict[str, int]) -> None:
+    target = with_memory(3)
+    assert (
+        default_context(target, load_1b(**change), 131_072).context
+        < default_context(target, load_1b(), 131_072).context
+    )
+
+
+def test_a_float16_cache_on_a_gpu_holds_more_tokens() -> None:
+    target = with_memory(3)
+    on_gpu = load_1b(cache_dtype="float16", on_cpu=False)
+    assert default_context(target, on_gpu, 131_072).context > 3 * default_context(target, load_1b(), 131_072).context
+
+
+def test_a_model_that_does_not_fit_is_refused_with_numbers_and_a_way_out() -> None:
+    with pytest.raises(LlamaExportError) as caught:
+        default_context(load_target("jetson-orin-nano-4gb"), load_1b(weight_bytes=4_500_000_000), 131_072)
+    message = str(caught.value)
+    for part in ("jetson-orin-nano-4gb", "2.4 GB", "7.4 GB", "--precision", "--target", "--context"):
+        assert part in message
+
+
+def test_a_tiny_model_that_does_not_fit_is_refused_too() -> None:
+    with pytest.raises(LlamaExportError, match="with a context of 64 tokens"):
+        default_context(with_memory(1), load_1b(), 64)
+
+
+def test_a_requested_context_is_taken_as_it_is() -> None:
+    choice = choose_context(with_memory(3), load_1b(), 131_072, 1000)
+    assert (choice.context, choice.reason, choice.warning) == (1000, "Context 1,000 tokens, as asked for.", None)
+
+
+def test_a_requested_context_beyond_memory_is_built_with_a_warning() -> None:
+    choice = choose_context(with_memory(3), load_1b(), 131_072, 100_000)
+    assert choice.context == 100_000
+    assert choice.warning is not None
+    assert re.search(r"100,000 tokens takes about 14\.\d GB, which is above the 3\.0 GB", choice.warning)
+
+
+def test_a_requested_context_beyond_the_model_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"--context 2049 .* 2048 tokens .* give 2048 or less"):
+        choose_context(with_memory(30), load_1b(), 2048, 2049)
+
+
+def test_an_assumed_memory_is_called_so() -> None:
+    assert "(an assumption)" in default_context(load_target("cpu"), load_1b(), 131_072).reason
+    assert "assumption" not in default_context(load_target("jetson-orin-nano-8gb"), load_1b(), 131_072).reason

@@ -1,0 +1,95 @@
+"""Progress: plain lines where nobody watches, one redrawn line on a terminal, warnings always."""
+
+import io
+
+import pytest
+from llama_export.progress import Terminal, clock, progress_figures
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def a_real_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+
+def test_a_log_has_one_line_for_each_stage_at_its_end() -> None:
+    log = io.StringIO()
+    with Terminal(log) as progress:
+        progress.stage("Reading")
+        progress.advance(5, 10)
+        assert log.getvalue() == ""
+        progress.stage("Writing")
+        progress.note("int4, block 32")
+    assert log.getvalue() == "Reading  0.0 s\nint4, block 32\nWriting  0.0 s\n"
+
+
+def test_a_failed_stage_is_not_called_done() -> None:
+    log = io.StringIO()
+    with pytest.raises(ValueError), Terminal(log) as progress:
+        progress.stage("Reading")
+        raise ValueError
+    assert log.getvalue() == ""
+
+
+def test_quiet_leaves_the_warnings() -> None:
+    log = io.StringIO()
+    with Terminal(log, quiet=True) as progress:
+        progress.stage("Reading")
+        progress.advance(1, 2)
+        progress.note("a note")
+        progress.warn("a warning")
+    assert log.getvalue() == "Warning: a warning\n"
+
+
+def test_a_terminal_redraws_one_line_with_percent_speed_and_time() -> None:
+    screen = Screen()
+    with Terminal(screen) as progress:
+        progress.stage("Reading")
+        progress.advance(250, 1000)
+        progress.warn("a warning")
+    text = screen.getvalue()
+    assert "\r\x1b[KReading   25 %" in text
+    assert " left" in text
+    assert text.count("\n") == 2
+    assert "\x1b[33mWarning:\x1b[0m a warning\n" in text
+
+
+def test_a_terminal_is_not_flooded() -> None:
+    screen = Screen()
+    progress = Terminal(screen)
+    progress.stage("Reading")
+    for done in range(10_000):
+        progress.advance(done, 10_000)
+    assert screen.getvalue().count("\r") < 20
+
+
+def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    screen = Screen()
+    Terminal(screen).warn("a warning")
+    assert screen.getvalue() == "\r\x1b[KWarning: a warning\n"
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "seconds", "text"),
+    [
+        (0, 100, 1.0, "  0 %"),
+        (50_000_000, 200_000_000, 0.5, " 25 %  100 MB/s  2 s left"),
+        (100, 100, 0.0, "100 %"),
+        (0, 0, 1.0, "100 %"),
+    ],
+)
+def test_figures(done: int, total: int, seconds: float, text: str) -> None:
+    assert progress_figures(done, total, seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "0 s"), (59.4, "59 s"), (59.9, "1:00 min"), (605, "10:05 min"), (3725, "1:02:05 h")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert clock(seconds) == text

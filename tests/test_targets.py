@@ -1,0 +1,302 @@
+"""The catalogue is complete and sourced, a user's own file is checked, and this machine is read rightly."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from llama_export.errors import LlamaExportError, UsageError
+from llama_export.targets import listing
+from llama_export.targets.devices import Target, load_target, target_names
+from llama_export.targets.host import Gpu, Machine, host_target, read_gpus, read_machine
+from llama_export.targets.jetpack import JETPACKS, jetpack_of_l4t
+from llama_export.targets.made import what_is_made
+
+CATALOGUE_NAMES = [name for name in target_names() if name != "host"]
+SOURCED = (
+    "compute_capability",
+    "memory_gb",
+    "reserve_gb",
+    "shared_memory",
+    "bandwidth_gbs",
+    "boost_bandwidth_gbs",
+    "native_formats",
+    "peak",
+    "jetpack",
+    "jetpacks",
+    "device_tree",
+)
+OWN_FILE = """
+title = "A board"
+kind = "cpu"
+memory_gb = 3
+reserve_gb = 0.5
+default_precision = "int4"
+backend = "onnxruntime"
+backends = ["onnxruntime"]
+providers = ["CPUExecutionProvider"]
+"""
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "board.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_the_catalogue_has_what_the_design_names() -> None:
+    assert set(CATALOGUE_NAMES) >= {
+        *("jetson-orin", "jetson-orin-nano-4gb", "jetson-orin-nano-8gb", "jetson-orin-nx-8gb", "jetson-orin-nx-16gb"),
+        *("jetson-agx-orin-32gb", "jetson-agx-orin-64gb", "jetson-thor-t4000", "jetson-thor-t5000", "dgx-spark"),
+        *("rtx-3090", "rtx-4090", "rtx-5090", "rtx", "l4", "a100", "h100", "h200", "cpu", "cuda"),
+    }
+
+
+@pytest.mark.parametrize("name", CATALOGUE_NAMES)
+def test_every_fact_of_the_catalogue_has_its_source(name: str) -> None:
+    target = load_target(name)
+    assert target.name == name
+    facts = {item.name for item in fields(Target) if getattr(target, item.name)}
+    assert {fact for fact in SOURCED if fact in facts} <= set(target.sources)
+    assert set(target.sources) <= facts
+
+
+@pytest.mark.parametrize("name", CATALOGUE_NAMES)
+def test_jetpacks_fit_the_devices_they_are_listed_for(name: str) -> None:
+    target = load_target(name)
+    family = "thor" if "thor" in name else "orin"
+    assert all(family in JETPACKS[version].families for version in target.jetpacks)
+    assert (target.release is not None) == (target.kind == "jetson")
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        ("jetson-orin-nano-8gb", (8, ("8.7",), "int4", "tensorrt", "trt-primitive")),
+        ("jetson-thor-t5000", (128, ("11.0",), "int4", "tensorrt", "trt-primitive")),
+        ("rtx", (8, ("8.0", "8.6", "8.9", "12.0"), "fp16", "tensorrt-rtx", "trt")),
+        ("dgx-spark", (128, ("12.1",), "fp16", "tensorrt-rtx", "trt")),
+        ("h200", (141, ("9.0",), "fp16", "onnxruntime", None)),
+        ("cpu", (8, (), "int4", "onnxruntime", None)),
+    ],
+)
+def test_facts_that_builds_depend_on(name: str, facts: tuple[object, ...]) -> None:
+    target = load_target(name)
+    assert facts == (
+        target.memory_gb,
+        target.compute_capability,
+        target.default_precision,
+        target.backend,
+        target.engine_dialect,
+    )
+
+
+def test_a_newer_jetpack_changes_the_graph_for_its_engine() -> None:
+    assert replace(load_target("jetson-orin"), jetpack="7.2").engine_dialect == "trt"
+
+
+def test_assumptions_are_told_apart_from_the_vendors_figures() -> None:
+    assert [name for name in CATALOGUE_NAMES if load_target(name).is_assumed("memory_gb")] == [
+        "cpu",
+        "cuda",
+        "jetson-orin",
+        "rtx",
+    ]
+
+
+@pytest.mark.parametrize("name", ["jetson-orin", "rtx-4090", "dgx-spark", "l4"])
+def test_what_a_build_makes_and_does_not_make_is_said(name: str) -> None:
+    made = what_is_made(load_target(name))
+    assert (made.dialect, made.activations, made.providers) == ("ort", "float32", ("CPUExecutionProvider",))
+    assert "`ort` bundle" in made.notes[0]
+    assert "CPU" in made.notes[0]
+    assert "TensorRT" in made.notes[1]
+    assert "does not build engines yet" in made.notes[1]
+
+
+@pytest.mark.parametrize("name", ["cuda", "a100", "h100", "h200"])
+def test_cuda_targets_compute_in_float16(name: str) -> None:
+    made = what_is_made(load_target(name))
+    assert made.activations == "float16"
+    assert made.providers == ("CUDAExecutionProvider", "CPUExecutionProvider")
+    assert not made.on_cpu
+
+
+def test_an_old_jetpack_is_told_to_lack_a_python_for_the_runtime() -> None:
+    assert any("Python 3.8" in note for note in what_is_made(replace(load_target("jetson-orin"), jetpack="5.1")).notes)
+    assert len(what_is_made(load_target("jetson-orin")).notes) == 2
+
+
+def test_an_unknown_target_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(UsageError, match="Did you mean 'jetson-orin'\\?"):
+        load_target("jetson-orn")
+
+
+def test_a_file_of_ones_own_describes_a_target(tmp_path: Path) -> None:
+    target = load_target(write(tmp_path, OWN_FILE))
+    assert (target.name, target.title, target.usable_gb) == ("board", "A board", 2.5)
+
+
+def test_a_file_of_ones_own_changes_a_catalogue_target(tmp_path: Path) -> None:
+    text = 'base = "jetson-orin-nano-8gb"\nreserve_gb = 1\njetpack = "7.2"\n[sources]\njetpack = "installed"'
+    target = load_target(write(tmp_path, text))
+    base = load_target("jetson-orin-nano-8gb")
+    assert (target.name, target.usable_gb, target.engine_dialect) == ("board", 7, "trt")
+    assert (target.peak, target.compute_capability) == (base.peak, base.compute_capability)
+    assert (target.sources["reserve_gb"], target.sources["jetpack"]) == ("board.toml", "installed")
+    assert target.sources["memory_gb"] == base.sources["memory_gb"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("title = ", "not a TOML file"),
+        ("", "the key 'title' is missing"),
+        (OWN_FILE + "memory_bg = 4", "unknown key 'memory_bg'. Did you mean 'memory_gb'"),
+        (OWN_FILE.replace("= 3", '= "3"'), "memory_gb is '3', but it must be a positive number"),
+        (OWN_FILE.replace("= 3", "= true"), "memory_gb is True"),
+        (OWN_FILE.replace("= 3", "= -1"), "must be a positive number"),
+        (OWN_FILE.replace("= 3", "= inf"), "must be a positive number"),
+        (OWN_FILE.replace("= 3", "= 0.25"), "reserve_gb 0.5 must be at least 0 and below memory_gb"),
+        (OWN_FILE.replace("int4", "in4"), "default_precision has 'in4'. Did you mean 'int4'? Allowed: fp32"),
+        (OWN_FILE.replace('["CPU', '["GPU'), "providers has 'GPUExecutionProvider'"),
+        (OWN_FILE.replace('["CPUExecutionProvider"]', '"CPUExecutionProvider"'), "must be a list of strings"),
+        (OWN_FILE.replace('["CPUExecutionProvider"]', "[1]"), "must be a list of strings"),
+        (OWN_FILE.replace('["CPUE', '["CUDAE'), "must end with 'CPUExecutionProvider'"),
+        (OWN_FILE.replace('["onnxruntime"]', '["tensorrt"]'), "'onnxruntime' is not among the backends"),
+        (OWN_FILE.replace('"cpu"', '"jetson"'), "a jetson needs the key 'jetpack'"),
+        (OWN_FILE + 'jetpack = "6.2"', "jetpack '6.2' is not among the jetpacks"),
+        (OWN_FILE + "peak = [1]", "a list of tables [[peak]] is needed"),
+        (OWN_FILE + "[[peak]]\nformat = 'int8'\ntops = 4", "the key 'sparse' is missing"),
+        (OWN_FILE + "[sources]\nmemory_gb = 4", "sources is {'memory_gb': 4}, but it must be a table of strings"),
+        ('base = "jetson-orn"', "base is 'jetson-orn', which is no target. Did you mean 'jetson-orin'?"),
+        ("base = []", "base is [], which is no target"),
+        ('base = "cpu"\nsources = "me"', "sources is 'me', but it must be a table of strings"),
+    ],
+)
+def test_a_file_that_is_wrong_is_refused_by_name_key_and_what_is_allowed(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    with pytest.raises(LlamaExportError) as caught:
+        load_target(write(tmp_path, text))
+    assert message in str(caught.value)
+    assert "board.toml" in str(caught.value)
+
+
+def test_a_file_that_is_not_there_or_not_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"none\.toml cannot be read: No such file"):
+        load_target(str(tmp_path / "none.toml"))
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(LlamaExportError, match="not a TOML file"):
+        load_target(str(tmp_path / "binary.toml"))
+
+
+def test_the_table_marks_assumptions_and_the_details_name_sources() -> None:
+    table = "\n".join(listing.table_lines([load_target("cpu"), load_target("l4")]))
+    assert "8 GB*" in table
+    assert "24 GB " in table
+    details = "\n".join(listing.detail_lines(load_target("jetson-agx-orin-64gb")))
+    for part in ("204.8 GB/s", "int8 275 TOPS sparse", "TensorRT 10.3.0", "JetPack", "does not build engines yet"):
+        assert part in details
+
+
+# This machine
+
+
+def fake_root(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+MEMINFO = "MemTotal:        7802944 kB\nMemFree:  100 kB\nMemAvailable:    5000000 kB\n"
+ARM_CPU = "processor\t: 0\nBogoMIPS\t: 62.50\nFeatures\t: fp asimd crc32 asimddp i8mm\n\nprocessor\t: 1\n"
+JETSON_FILES = {
+    "proc/cpuinfo": ARM_CPU,
+    "proc/meminfo": MEMINFO,
+    "proc/device-tree/model": "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super\0",
+    "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n",
+}
+
+
+def test_a_jetson_is_known_by_its_device_tree_and_memory(tmp_path: Path) -> None:
+    machine = read_machine(fake_root(tmp_path, JETSON_FILES), run=lambda: "")
+    assert machine.flags == ("dotprod", "i8mm")
+    assert (machine.memory_bytes, machine.available_bytes) == (7802944 * 1024, 5000000 * 1024)
+    assert machine.jetson is not None
+    assert (machine.jetson.l4t, machine.jetson.jetpack) == ("36.4.3", JETPACKS["6.2"])
+    target = host_target(machine, has_cuda_runtime=False)
+    assert (target.name, target.compute_capability, target.jetpack) == ("host", ("8.7",), "6.2")
+    assert (target.memory_gb, target.bandwidth_gbs) == (8.0, 68), "an Orin Nano, and the 8 GB one"
+    assert "Orin Nano" in target.title
+
+
+def test_a_jetson_of_an_unknown_kind_counts_as_a_computer(tmp_path: Path) -> None:
+    files = {**JETSON_FILES, "proc/device-tree/model": "NVIDIA Jetson Xavier NX"}
+    target = host_target(read_machine(fake_root(tmp_path, files), run=lambda: ""), has_cuda_runtime=False)
+    assert (target.kind, target.memory_gb) == ("cpu", 8.0)
+
+
+@pytest.mark.parametrize(
+    ("l4t", "version"),
+    [("35.4.1", "5.1"), ("36.3.0", "6.0"), ("36.4.0", "6.1"), ("36.4.7", "6.2"), ("36.5", "6.2"), ("38.2.1", "7.0")],
+)
+def test_jetson_linux_tells_the_jetpack(l4t: str, version: str) -> None:
+    found = jetpack_of_l4t(l4t)
+    assert found is not None
+    assert found.version == version
+
+
+def test_an_unknown_jetson_linux_tells_none() -> None:
+    assert jetpack_of_l4t("32.7.1") is None
+    assert jetpack_of_l4t("3") is None
+
+
+def test_gpus_are_read_from_what_nvidia_smi_prints() -> None:
+    printed = "NVIDIA H200, 143771, 9.0, 580.65.06\nNVIDIA GB10, [N/A], 12.1, 580.95.05\nNo devices were found\n"
+    assert read_gpus(printed) == (
+        Gpu("NVIDIA H200", 150.8, "9.0", "580.65.06"),
+        Gpu("NVIDIA GB10", None, "12.1", "580.95.05"),
+    )
+
+
+def computer(root: Path, gpus: str = "") -> Machine:
+    return read_machine(fake_root(root, {"proc/meminfo": MEMINFO}), run=lambda: gpus)
+
+
+def test_a_gpu_counts_only_where_onnxruntime_can_use_it(tmp_path: Path) -> None:
+    machine = computer(tmp_path, "NVIDIA L4, 23034, 8.9, 550.1\n")
+    without, with_cuda = (host_target(machine, has_cuda_runtime=cuda) for cuda in (False, True))
+    assert (without.kind, without.memory_gb, without.default_precision) == ("cpu", 8.0, "int4")
+    assert (with_cuda.kind, with_cuda.memory_gb, with_cuda.default_precision) == ("gpu", 24.2, "fp16")
+    assert with_cuda.compute_capability == ("8.9",)
+    assert not with_cuda.is_assumed("memory_gb")
+
+
+def test_a_gpu_without_memory_of_its_own_uses_the_computers(tmp_path: Path) -> None:
+    target = host_target(computer(tmp_path, "NVIDIA GB10, [N/A], 12.1, 580.1\n"), has_cuda_runtime=True)
+    assert (target.memory_gb, target.shared_memory) == (8.0, True)
+
+
+def test_a_containers_limit_is_the_memory_that_counts(tmp_path: Path) -> None:
+    files = {
+        "proc/meminfo": MEMINFO,
+        "sys/fs/cgroup/memory.max": "2000000000\n",
+        "sys/fs/cgroup/memory.current": "500000000\n",
+    }
+    machine = read_machine(fake_root(tmp_path, files), run=lambda: "")
+    assert (machine.memory_bytes, machine.available_bytes) == (2_000_000_000, 1_500_000_000)
+    assert host_target(machine, has_cuda_runtime=False).usable_gb == 1.5
+
+
+def test_the_driver_is_known_without_nvidia_smi(tmp_path: Path) -> None:
+    text = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\nGCC version: 12\n"
+    files = {"proc/driver/nvidia/version": text}
+    assert read_machine(fake_root(tmp_path, files), run=lambda: "").nvidia_driver == "580.65.06"
+
+
+def test_this_machine_is_a_target() -> None:
+    target = load_target("host")
+    assert target.name == "host"
+    assert target.memory_gb > 0.1
