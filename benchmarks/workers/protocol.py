@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Engine(Protocol):
@@ -44,7 +44,7 @@ def peak_rss() -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
 
 
-def speed(load: Load, model: Path, threads: int, prompt: Sequence[int], count: int) -> dict[str, object]:
+def speed(load: Load, model: Path, threads: int, prompt: Sequence[int], count: int) -> dict[str, Any]:
     """Load the model and time one prompt; raises RuntimeError when fewer than `count` tokens came."""
     start = time.perf_counter()
     engine = load(model, threads, len(prompt) + count)
