@@ -55,7 +55,7 @@ def open_folder(path: Path, *, model_id: str, revision: str | None = None, kind:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the config.json of a checkpoint folder, after `check_config`. Raises LlamaExportError when it is unusable."""
+    """Return the config.json of a checkpoint folder, after `check_config`. Raises LlamaExportError without one."""
     file = path / "config.json"
     if not file.is_file():
         raise LlamaExportError(_no_config(path))
