@@ -44,8 +44,8 @@ def main() -> None:
 def build(*, no_reference: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Turn a checkpoint into a bundle for a target."""
     need_extra("build,cpu", ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"), "Building a bundle")
-    from .export.build import BuildOptions
-    from .export.build import build as build_bundle
+    from .pipeline import BuildOptions
+    from .pipeline import build as build_bundle
 
     with Terminal(quiet=quiet) as progress:
         report = build_bundle(BuildOptions(reference=not no_reference, **options), progress=progress)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from math import prod
 from typing import Any
 
 from .errors import LlamaExportError
 from .runtime.bundle import Bundle, Limits, Shape
 from .runtime.hashes import is_checked
+from .runtime.reference import FOLDER, load_reference
 from .tables import columns, size
 from .targets.context import Load, bytes_per_token, needed_bytes
 
@@ -39,6 +42,7 @@ def to_json(bundle: Bundle) -> dict[str, Any]:
             "bytes": sum(record.size for record in manifest.files.values()),
             "cache_bytes_per_1000_tokens": 1000 * bytes_per_token(manifest.shape, manifest.shape.cache_dtype),
             "memory_bytes_at_full_context": needed_bytes(_load(bundle), manifest.limits.context),
+            "parameters": _parameters(bundle),
             "hashes": _hashes(bundle),
         },
     }
@@ -53,6 +57,7 @@ def _facts(bundle: Bundle) -> list[tuple[str, str]]:
         ("licence", manifest.model.licence or "not told by the checkpoint"),
         ("target", f"{manifest.target}, {manifest.dialect} graph for {', '.join(manifest.providers)}"),
         ("precision", manifest.precision),
+        ("parameters", _parameters_text(bundle)),
         ("shape", _shape_text(manifest.shape)),
         ("limits", _limits_text(manifest.limits)),
         ("cache", _cache_text(manifest.shape, manifest.limits)),
@@ -70,6 +75,21 @@ def _load(bundle: Bundle) -> Load:
     limits, shape = manifest.limits, manifest.shape
     on_cpu = manifest.providers[:1] in ((), ("CPUExecutionProvider",))
     return Load(shape, weights, shape.cache_dtype, on_cpu, limits.batch, limits.prefill_chunk)
+
+
+def _parameters(bundle: Bundle) -> dict[str, int]:
+    """Values of the checkpoint by the format they are stored in, as the reference lists them; empty without one."""
+    if f"{FOLDER}/reference.json" not in bundle.manifest.files:
+        return {}
+    counts: Counter[str] = Counter()
+    for weight in load_reference(bundle.path).index.weights:
+        counts[weight.format] += prod(weight.shape)
+    return dict(counts.most_common())
+
+
+def _parameters_text(bundle: Bundle) -> str:
+    counts = _parameters(bundle).items()
+    return ", ".join(f"{f'{n / 1e6:,.1f} M' if n >= 1e6 else f'{n:,}'} in {format}" for format, n in counts)
 
 
 def _shape_text(shape: Shape) -> str:

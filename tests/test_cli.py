@@ -33,9 +33,9 @@ def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         progress.warn("The licence is unknown.")
         return SimpleNamespace(lines=lambda: ["made it"], to_json=lambda: {"bundle": str(options.output)})
 
-    module = ModuleType("llama_export.export.build")
+    module = ModuleType("llama_export.pipeline")
     module.__dict__.update(build=build, BuildOptions=SimpleNamespace)
-    monkeypatch.setitem(sys.modules, "llama_export.export.build", module)
+    monkeypatch.setitem(sys.modules, "llama_export.pipeline", module)
     monkeypatch.setattr(cli, "need_extra", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     return seen

@@ -4,12 +4,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from llama_export import inspection
 from llama_export.cli import main
 from llama_export.runtime.bundle import Limits, Manifest, ModelRecord, Shape, Tokens, open_bundle, seal
 from llama_export.runtime.hashes import check_files
+from llama_export.runtime.reference import Index, Prompt, Reference, WeightRecord, compress, save_reference
 
 MANIFEST = Manifest(
     model=ModelRecord("someone/Some-135M", "gguf", revision="abc123", licence="apache-2.0"),
@@ -82,6 +84,20 @@ def test_json_holds_the_manifest_and_what_follows(bundle: Path) -> None:
     assert found["derived"]["bytes"] == 5 + 12_345 + 2
     assert found["derived"]["cache_bytes_per_1000_tokens"] == 46_080_000
     assert found["derived"]["memory_bytes_at_full_context"] > 2 * 8192 * 46_080
+
+
+def test_parameters_are_counted_by_format_where_there_is_a_reference(bundle: Path) -> None:
+    assert inspection.to_json(open_bundle(bundle))["derived"]["parameters"] == {}
+    assert "  parameters  " not in shown(bundle)
+    stored = {"layer.0": ("int4", (700, 1000)), "layer.1": ("int4", (500, 1000)), "norm": ("fp32", (300,))}
+    weights = tuple(
+        WeightRecord(name, format, shape, 0, {"codes": name}, "0" * 64, 1.0) for name, (format, shape) in stored.items()
+    )
+    index = Index(1, "someone/Some-135M", None, 5, (Prompt("one", "a", (1, 2), 1, 1),), weights, {})
+    save_reference(Reference(index, compress(np.zeros((2, 5), np.float32))), bundle)
+    seal(bundle, MANIFEST)
+    assert inspection.to_json(open_bundle(bundle))["derived"]["parameters"] == {"int4": 1_200_000, "fp32": 300}
+    assert "parameters  1.2 M in int4, 300 in fp32" in shown(bundle)
 
 
 def test_a_bundle_for_cuda_needs_no_scores(bundle: Path) -> None:
