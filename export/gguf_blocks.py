@@ -65,7 +65,7 @@ def inexact_blocks(tensor: SourceTensor, blocks: Blocks, start: int) -> int:
 
     blocks: what `tensor.blocks(start, start + rows)` returned. It is 0 for Q4_0 and Q8_0, and for every Q4_1 block with
     |m + 8 d| <= 1, which is nearly every block of a trained model and costs one comparison a block. Beyond that the
-    offset may be rounded, to half a unit in its last place: a weight is then off by at most 2**-23 of |m + 8 d|.
+    offset may be rounded, and a weight be off by a unit in the last place of itself or the offset, whichever is larger.
     """
     if blocks.offsets is None:
         return 0

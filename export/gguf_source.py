@@ -35,7 +35,7 @@ _LAYER_PARTS = {
 }
 _ROTARY_PARTS = ("self_attn.q_proj", "self_attn.k_proj")
 _ROPE_FACTORS = "rope_freqs.weight"
-_PIECE = 1 << 20
+_PIECE = 1 << 18
 """Weights decoded at a time: what is in flight then stays in the processor's cache."""
 
 Decoded = TypeVar("Decoded", Float32, Blocks)

@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from ..errors import LlamaExportError, did_you_mean
-from .gguf_config import token_id
+from .gguf_config import EMBEDDING, token_id
 from .gguf_file import GgufFile
 
 _PREFIX = "tokenizer.ggml."
@@ -142,6 +142,9 @@ def _vocabulary(file: GgufFile) -> _Vocabulary:
     tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
     if len(set(tokens)) != len(tokens):
         raise _bad(file, "a token appears twice")
+    rows = file.tensors[EMBEDDING].shape[0]
+    if len(tokens) > rows:
+        raise _bad(file, f"it has {len(tokens)} tokens, but {EMBEDDING} has only {rows} rows")
     types = file.metadata.get(_PREFIX + "token_type")
     if types is None:
         types = np.full(len(tokens), _Type.NORMAL)
@@ -226,7 +229,7 @@ def _merges_from_scores(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
 
     Sentencepiece joins, anywhere in the text, the two neighbours that make the token with the highest score. So every
     split of a token into two tokens is a merge with that token's rank. Tokens of equal scores (some converters write
-    the same for all) rank by id, the order in which training made them, and runs of spaces, which it did not make, last.
+    the same for all) rank by id, the order in which training made them; runs of spaces, which it did not make, last.
     """
     file = vocabulary.file
     scores = file.metadata.get(_PREFIX + "scores")
