@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import LlamaExportError, did_you_mean
 from ..optimize.tensors import BLOCK, Blocks, Float32, SourceTensor, UInt8
@@ -176,16 +175,18 @@ class _Rows:
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[slice, UInt8]]:
         """Yield the stored bytes of rows [start, stop) piece by piece, each with its place in the result."""
-        unit = self.head_dim or 1
+        origin, unit = start, self.head_dim or 1
         step = max(_PIECE // (math.prod(self.tensor.shape[1:]) * unit), 1) * unit
-        for first in range(start - start % unit, stop, step):
-            rows = np.arange(max(first, start), min(first + step, stop))
-            yield slice(rows[0] - start, rows[-1] + 1 - start), self._stored(rows)
+        while start < stop:
+            end = min(start - start % unit + step, stop)
+            yield slice(start - origin, end - origin), self._stored(start, end)
+            start = end
 
-    def _stored(self, rows: npt.NDArray[np.int64]) -> UInt8:
-        """Return the stored bytes of consecutive rows in Hugging Face order."""
+    def _stored(self, start: int, stop: int) -> UInt8:
+        """Return the stored bytes of rows [start, stop), in Hugging Face order."""
         if self.head_dim is None:
-            return read_rows(self.path, self.tensor, int(rows[0]), int(rows[-1]) + 1)
+            return read_rows(self.path, self.tensor, start, stop)
+        rows = np.arange(start, stop)
         row_of_head = rows % self.head_dim
         half, pair = np.divmod(row_of_head, self.head_dim // 2)
         stored = rows - row_of_head + 2 * pair + half
