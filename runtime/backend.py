@@ -86,7 +86,7 @@ class OnnxRuntimeBackend:
             )
         self._ort = import_onnxruntime(manifest)
         self._device = _device(self._ort, manifest)
-        self._session = _session(self._ort, bundle, model or bundle.file("model.onnx"), self.threads)
+        self._session = open_session(self._ort, bundle, model or bundle.file("model.onnx"), self.threads)
         _check_signature(self._session, manifest)
         self.name = f"onnxruntime {self._ort.__version__} {self._device}"
         self.vocab = manifest.shape.vocab
@@ -149,14 +149,18 @@ class OnnxRuntimeBackend:
     def _run(self, tokens: npt.NDArray[np.int64], keep: int) -> npt.NDArray[Any]:
         """Run one chunk; return [keep, vocab] logits in the graph's type."""
         self._ids[0, : len(tokens)] = tokens
-        logits = self._last if keep == 1 else np.empty((1, keep, self.vocab), self._logits_dtype)
-        try:
-            self._bind_keep(keep, logits)
+        rows: npt.NDArray[Any]
+        if keep == 1:
             self._run_bound(len(tokens))
+            rows = self._last[0]
+            return rows
+        try:
+            self._bind_keep(keep)
+            self._run_bound(len(tokens))
+            rows = self._binding.get_outputs()[-1].numpy()[0]  # in the order of the first binding: logits come last
+            return rows
         finally:
-            self._bind_keep(1, self._last)
-        rows: npt.NDArray[Any] = logits[0]
-        return rows
+            self._bind_keep(1)
 
     def _run_bound(self, count: int) -> None:
         """Run the first `count` of the prepared ids; the logits go where they are bound."""
@@ -176,14 +180,21 @@ class OnnxRuntimeBackend:
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             binding.bind_ortvalue_output(f"present.{name}", value)
         self._binding = binding
-        self._bind_keep(1, self._last)
+        self._bind_keep(1)
         return binding
 
-    def _bind_keep(self, keep: int, logits: npt.NDArray[Any]) -> None:
+    def _bind_keep(self, keep: int) -> None:
+        """Ask for the logits of the last `keep` positions: one into our buffer, more into one of ONNX Runtime's.
+
+        It takes no buffer that is larger than the declared [batch, 1, vocab].
+        """
         self._keep[0] = keep
-        binding = self._binding
+        binding, last = self._binding, self._last
         binding.bind_input("logits_to_keep", "cpu", 0, np.int64, (1,), self._keep.ctypes.data)
-        binding.bind_output("logits", "cpu", 0, logits.dtype.type, logits.shape, logits.ctypes.data)
+        if keep == 1:
+            binding.bind_output("logits", "cpu", 0, last.dtype.type, last.shape, last.ctypes.data)
+        else:
+            binding.bind_output("logits", "cpu")
 
     def _make_cache(self, manifest: Manifest) -> dict[str, Any]:
         """Return the buffers of every layer, [1, kv_heads, capacity, head_dim], as OrtValues on the device."""
@@ -226,7 +237,8 @@ def _device(ort: Any, manifest: Manifest) -> str:
     return DEVICES[provider]
 
 
-def _session(ort: Any, bundle: Bundle, model: Path | bytes, threads: int) -> Any:
+def open_session(ort: Any, bundle: Bundle, model: Path | bytes, threads: int) -> Any:
+    """Load a graph for `bundle`: its own by path, or another as bytes whose weights are in the bundle's folder."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def onnx_files(llama: TinyLlama) -> tuple[bytes, bytes]:
     inputs = [onnx.value_info(name, "int64", ["batch", name]) for name in ("input_ids", "attention_mask")]
     inputs.append(onnx.value_info("logits_to_keep", "int64", [1]))
     inputs += [onnx.value_info(f"past_key_values.{name}", "float32", shape) for name in cache]
-    outputs = [onnx.value_info("logits", "float32", ["batch", "kept", llama.vocab])]
+    outputs = [onnx.value_info("logits", "float32", ["batch", 1, llama.vocab])]
     outputs += [onnx.value_info(f"present.{name}", "float32", [*shape[:2], "total", shape[3]]) for name in cache]
     return onnx.model(_nodes(llama), tensors, inputs, outputs), bytes(data)
 
@@ -199,9 +200,17 @@ def manifest_for(llama: TinyLlama, *, context: int = 64, prefill_chunk: int = 7,
 
 
 def write_bundle(
-    folder: Path, llama: TinyLlama | None = None, *, template: str | None = CHAT_TEMPLATE, **changes: Any
+    folder: Path,
+    llama: TinyLlama | None = None,
+    *,
+    template: str | None = CHAT_TEMPLATE,
+    extra: Mapping[str, bytes] | None = None,
+    **changes: Any,
 ) -> Bundle:
-    """Write a complete bundle into `folder` and open it; `changes` replaces fields of the manifest."""
+    """Write a complete bundle into `folder` and open it.
+
+    extra: more files, or other contents for these; changes: arguments of `manifest_for`.
+    """
     llama = llama or random_llama()
     folder.mkdir(parents=True, exist_ok=True)
     graph, data = onnx_files(llama)
@@ -211,5 +220,7 @@ def write_bundle(
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
+    for name, content in (extra or {}).items():
+        (folder / name).write_bytes(content)
     seal(folder, manifest_for(llama, **changes))
     return open_bundle(folder)
