@@ -53,6 +53,29 @@ def build(*, no_reference: bool, as_json: bool, quiet: bool, **options: Any) -> 
 
 
 @main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--no-hash", is_flag=True, help="Leave out the files' hashes: only weights and logits are compared.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: the physical cores.")
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path, allow_dash=True), help="Write the verdict; - prints."
+)
+@quiet_option
+def verify(bundle: Path, no_hash: bool, threads: int | None, json_file: Path | None, quiet: bool) -> None:
+    """Replay what PyTorch computed and compare; exit 1 when a gate fails."""
+    from .runtime.bundle import open_bundle
+    from .runtime.verify import verify as replay
+
+    with Terminal(quiet=quiet) as progress:
+        verdict = replay(open_bundle(bundle), check_hashes=not no_hash, threads=threads, progress=progress)
+    text = json.dumps(verdict.to_json(), indent=2)
+    if json_file is not None and str(json_file) != "-":
+        json_file.write_text(text + "\n", encoding="utf-8")
+    click.echo(text if str(json_file) == "-" else "\n".join(verdict.lines()))
+    if not verdict.passed:
+        raise SystemExit(1)
+
+
+@main.command()
 @click.argument("name", required=False)
 @json_option
 def targets(name: str | None, as_json: bool) -> None:

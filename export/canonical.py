@@ -12,7 +12,9 @@ from .trace import trace
 
 
 def canonical(config: LlamaConfig, *, context: int, dtype: torch.dtype = torch.float32) -> ir.Model:
-    """Trace one decoder layer, fuse it, repeat it. Inputs, outputs and initializers as `trace` says; weights have no values."""
+    """Trace one decoder layer, fuse it, repeat it. Inputs, outputs and initializers as `trace` says; weights have no
+    values.
+    """
     model = trace(config, context=context, dtype=dtype)
     fuse(model)
     stamp(model, config.num_hidden_layers)

@@ -13,13 +13,9 @@ _NOT_FOUND = (
 )
 
 _BY_CLASS = {
-    "IncompleteSnapshotError": (
-        "The cached copy of {repo} is incomplete, and {endpoint} was not asked or did not answer; run the command "
-        "again with the network on and without HF_HUB_OFFLINE."
-    ),
     "OfflineModeIsEnabled": (
-        "{repo} is not in the cache and HF_HUB_OFFLINE forbids to download it; unset HF_HUB_OFFLINE, name the "
-        "--cache-dir that holds it, or name a folder."
+        "{repo} is not completely in the cache {cache} and HF_HUB_OFFLINE forbids to download it; unset HF_HUB_OFFLINE, "
+        "name another --cache-dir, or name a folder."
     ),
     "RevisionNotFoundError": (
         "{repo} has no revision {revision!r}; --revision takes a branch, a tag or a full commit hash."
@@ -33,7 +29,7 @@ _BY_CLASS = {
         "{repo!r} is neither a folder, nor a GGUF file, nor an id on the hub, which looks like organisation/name."
     ),
     "ConnectError": (
-        "{endpoint} cannot be reached ({reason}) and {repo} is not in the cache; check the network, HF_ENDPOINT and "
+        "{endpoint} cannot be reached ({reason}) and {repo} is not completely in the cache; check the network, HF_ENDPOINT and "
         "the proxy settings, or name a folder."
     ),
     "TransportError": (
@@ -79,7 +75,7 @@ def is_xet(error: BaseException) -> bool:
 
 def explain(error: BaseException, *, repo: str, revision: str | None, endpoint: str, cache: str) -> str | None:
     """Return the sentence for an error of huggingface_hub, or None for one that is not known here."""
-    while is_a(error, "LocalEntryNotFoundError") and not is_a(error, "IncompleteSnapshotError") and error.__cause__:
+    while is_a(error, "LocalEntryNotFoundError") and error.__cause__:
         error = error.__cause__  # "not in the cache either": the reason why it was not downloaded says more
     sentence = _sentence(error)
     return sentence and sentence.format(

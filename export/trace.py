@@ -1,8 +1,8 @@
 """transformers' own LlamaForCausalLM, traced without weights: one decoder layer, which `optimize.stamp` repeats.
 
 The model is built under FakeTensorMode, so nothing is allocated. Its attention and its cache are replaced through the
-interfaces that transformers offers for that (AttentionInterface, the `past_key_values` object) by the standard ops Attention
-and TensorScatter of opset 24, so the graph has one op where the backends have one kernel.
+interfaces that transformers offers for that (AttentionInterface, the `past_key_values` object) by the standard ops
+Attention and TensorScatter of opset 24, so the graph has one op where the backends have one kernel.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def _onnx_attention(
     scaling: float,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function as one Attention op: [batch, heads, sequence, head_dim] in, sequence first out."""
+    """transformers' attention function as one Attention op: [batch, heads, sequence, head_dim] in, sequence first
+    out."""
     result = torch.onnx.ops.symbolic(
         "Attention",
         (query, key, value, mask),
@@ -102,15 +103,13 @@ class _Step(torch.nn.Module):
         return output.logits, cache.keys, cache.values
 
 
-def trace(
-    config: LlamaConfig, *, context: int, layers: int = 1, dtype: torch.dtype = torch.float32
-) -> ir.Model:
+def trace(config: LlamaConfig, *, context: int, layers: int = 1, dtype: torch.dtype = torch.float32) -> ir.Model:
     """Trace `layers` decoder layers of a Llama of this config, with a static cache of `context` positions, in opset 24.
 
     Inputs: input_ids and position_ids int64 [batch, sequence]; past_key_values.N.key|value [batch, kv_heads, context,
-    head_dim]. Outputs: logits [batch, sequence, vocab]; present.N.key|value like the past.
-    Initializers carry their Hugging Face names and no values, but for the rotary frequencies, which are computed here by
-    transformers from the config.
+    head_dim]. Outputs: logits [batch, sequence, vocab]; present.N.key|value like the past. Initializers carry their
+    Hugging Face names and no values, but for the rotary frequencies, which are computed here by transformers from the
+    config.
     """
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
@@ -131,7 +130,9 @@ def trace(
 
 
 def rotary(config: LlamaConfig) -> tuple[torch.Tensor, float]:
-    """The inverse frequencies, float32 [head_dim / 2], and the factor on cos and sin, by transformers' own init function."""
+    """The inverse frequencies, float32 [head_dim / 2], and the factor on cos and sin, by transformers' own init
+    function.
+    """
     embedding = LlamaRotaryEmbedding(config)
     return embedding.inv_freq.float(), float(embedding.attention_scaling)
 
@@ -139,7 +140,9 @@ def rotary(config: LlamaConfig) -> tuple[torch.Tensor, float]:
 def _example(
     config: LlamaConfig, context: int, layers: int, dtype: torch.dtype
 ) -> tuple[tuple[object, ...], tuple[object, ...]]:
-    """Example inputs (fake tensors) and which of their dimensions vary; sizes of 2 and 3, since 0 and 1 would specialise."""
+    """Example inputs (fake tensors) and which of their dimensions vary; sizes of 2 and 3, since 0 and 1 would
+    specialise.
+    """
     free = torch.export.Dim.DYNAMIC
     tokens = torch.zeros((2, 3), dtype=torch.long)
     buffers = [torch.empty((2, config.num_key_value_heads, context, config.head_dim), dtype=dtype)] * (2 * layers)

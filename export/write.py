@@ -200,3 +200,28 @@ def _write_at(file: int, data: bytes | memoryview, offset: int) -> None:
     while len(view):
         written = os.pwrite(file, view, offset)
         view, offset = view[written:], offset + written
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a checkpoint tensor went: its format, the initializers by role, and its first row in them."""
+
+    format: Format
+    initializers: Mapping[Role, str]
+    row: int
+
+
+def placements(model: ir.Model, tensors: Mapping[str, SourceTensor]) -> dict[str, Placement]:
+    """The place of every checkpoint tensor in the lowered graph; the first where two initializers share the bytes."""
+    names: dict[tuple[tuple[str, ...], Format], dict[Role, str]] = {}
+    for name, value in model.graph.initializers.items():
+        content = stored_of(value)
+        if content is not None:
+            names.setdefault((content.parts, content.format), {}).setdefault(content.role, name)
+    found = {}
+    for (parts, format), initializers in names.items():
+        row = 0
+        for part in parts:
+            found[part] = Placement(format, initializers, row)
+            row += tensors[part].shape[0]
+    return found

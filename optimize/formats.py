@@ -55,7 +55,8 @@ def precision_format(precision: str) -> Format:
     """Return the matrix format of a `--precision`; UsageError names the known ones for any other word."""
     if precision not in PRECISIONS:
         raise UsageError(
-            f"Unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}.{did_you_mean(precision, PRECISIONS)}"
+            f"Unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}."
+            + did_you_mean(precision, PRECISIONS)
         )
     return PRECISIONS[precision]
 
@@ -63,9 +64,9 @@ def precision_format(precision: str) -> Format:
 def plan_formats(tensors: Mapping[str, SourceTensor], precision: str | None) -> dict[str, Format]:
     """Decide the stored format of every tensor; `precision` None keeps what the checkpoint has, without loss.
 
-    Vectors (norms, biases) stay in full precision: they are read once a token and weigh nothing. An embedding of its own
-    (not tied to the head) is never below 8 bits: no sum over it averages its error away. Rows that are no multiple of the
-    block cannot be gathered in blocks, such an embedding is stored as fp16.
+    Vectors (norms, biases) stay in full precision: they are read once a token and weigh nothing. An embedding of its
+    own (not tied to the head) is never below 8 bits: no sum over it averages its error away. Rows that are no multiple
+    of the block cannot be gathered in blocks, such an embedding is stored as fp16.
     """
     tied = HEAD not in tensors
 
@@ -85,7 +86,9 @@ def plan_formats(tensors: Mapping[str, SourceTensor], precision: str | None) -> 
 
 
 def stored_bytes(shape: tuple[int, ...], format: Format, scale_bytes: int = 4) -> int:
-    """Bytes of a weight of `shape` (rows first) in `format`, scales and offsets included; blocks are padded at the row's end."""
+    """Bytes of a weight of `shape` (rows first) in `format`, scales and offsets included; blocks are padded at the
+    row's end.
+    """
     rows = shape[0]
     columns = shape[1] if len(shape) > 1 else 1
     if not format.quantised:

@@ -17,8 +17,8 @@ def quantise(rows: Float32, bits: int) -> Blocks:
     """Round `rows` [n, columns] to nearest, symmetric, one scale for each block of 32 columns (the last one is padded).
 
     The scale maps the value of largest magnitude, sign included, to the most negative code, which uses the whole range
-    [-2^(bits-1), 2^(bits-1)) and loses less than scaling to the positive end (the choice of GGUF's Q4_0 and of ONNX Runtime's
-    symmetric quantiser). A block of zeros has scale 0 and the codes of zero.
+    [-2^(bits-1), 2^(bits-1)) and loses less than scaling to the positive end (the choice of GGUF's Q4_0 and of ONNX
+    Runtime's symmetric quantiser). A block of zeros has scale 0 and the codes of zero.
     """
     n, columns = rows.shape
     zero = 2 ** (bits - 1)
@@ -46,14 +46,16 @@ def dequantise(blocks: Blocks, columns: int) -> Float32:
 
 
 def pack(blocks: Blocks) -> UInt8:
-    """The codes as MatMulNBits stores them, [n, padded columns * bits / 8]: for 4 bits the even column in the low nibble."""
+    """The codes as MatMulNBits stores them, [n, padded columns * bits / 8]; of two 4-bit codes the first is the low
+    nibble."""
     if blocks.bits == 8:
         return blocks.codes
-    return blocks.codes[:, 0::2] | (blocks.codes[:, 1::2] << 4)
+    high = np.left_shift(blocks.codes[:, 1::2], np.uint8(4))
+    return np.bitwise_or(blocks.codes[:, 0::2], high)
 
 
 def round_scales(blocks: Blocks, dtype: npt.DTypeLike) -> Blocks:
-    """The same codes with scales and offsets as they survive being stored in `dtype` (float16 where activations are)."""
+    """The same codes with scales and offsets as they survive being stored in `dtype`, that of the activations."""
 
     def rounded(values: Float32) -> Float32:
         return values.astype(dtype).astype(np.float32)
@@ -64,7 +66,9 @@ def round_scales(blocks: Blocks, dtype: npt.DTypeLike) -> Blocks:
 
 
 def blocks_of(tensor: SourceTensor, format: Format) -> Reader:
-    """How rows of `tensor` become blocks of `format`: the checkpoint's own codes where it has them, else round-to-nearest."""
+    """How rows of `tensor` become blocks of `format`: the checkpoint's own codes where it has them, else
+    round-to-nearest.
+    """
     own = tensor.blocks
     native = {"Q4_0": "int4", "Q4_1": INT4_OFFSET.name, "Q8_0": "int8"}.get(tensor.dtype)
     if own is not None and native == format.name:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from .formats import EMBEDDING
@@ -14,13 +16,19 @@ _PARTS = ("key", "value")
 def stamp(model: ir.Model, layers: int) -> None:
     """Turn a graph of one decoder layer into one of `layers`.
 
-    Needs RMSNormalization fused (the last one marks where the layer ends). What does not depend on the layer's input, its
-    weights or its cache (mask, rotary tables) stays shared. Weights, nodes, values and the cache's inputs and outputs of layer
-    N carry `model.layers.N.` and `.N.` in their names.
+    Needs RMSNormalization fused (the last one marks where the layer ends). What does not depend on the layer's input,
+    its weights or its cache (mask, rotary tables) stays shared. Weights, nodes, values and the cache's inputs and
+    outputs of layer N carry `model.layers.N.` and `.N.` in their names.
     """
     graph = model.graph
-    entry = next(node for node in nodes_of(model, "Gather") if node.inputs[0] is graph.initializers[EMBEDDING]).outputs[0]
-    final_norm = next(node for node in nodes_of(model, "RMSNormalization") if node.inputs[1] is graph.initializers["model.norm.weight"])
+    entry = next(node for node in nodes_of(model, "Gather") if node.inputs[0] is graph.initializers[EMBEDDING]).outputs[
+        0
+    ]
+    final_norm = next(
+        node
+        for node in nodes_of(model, "RMSNormalization")
+        if node.inputs[1] is graph.initializers["model.norm.weight"]
+    )
     exit_value = final_norm.inputs[0]
     assert exit_value is not None
     body = _layer_nodes(model, entry, exit_value)
@@ -45,7 +53,9 @@ def stamp(model: ir.Model, layers: int) -> None:
 
 
 def _layer_nodes(model: ir.Model, entry: ir.Value, exit_value: ir.Value) -> list[ir.Node]:
-    """The layer's nodes in order: they depend on its input, weights or cache, and the exit or the cache depends on them."""
+    """The layer's nodes in order: they depend on its input, weights or cache, and the exit or the cache depends on
+    them.
+    """
     graph = model.graph
     roots = {entry, *(value for name, value in graph.initializers.items() if name.startswith(_FIRST))}
     roots |= {_named(graph.inputs, past_name(0, part)) for part in _PARTS}
@@ -116,10 +126,10 @@ def _renamed(name: str, layer: int) -> str:
     return name.replace(_FIRST, f"model.layers.{layer}.").replace("model.layers.0/", f"model.layers.{layer}/")
 
 
-def _named(values: list[ir.Value], name: str) -> ir.Value:
+def _named(values: Sequence[ir.Value], name: str) -> ir.Value:
     return next(value for value in values if value.name == name)
 
 
-def _layer_value(values: list[ir.Value], like: str, layer: int, name: str) -> ir.Value:
+def _layer_value(values: Sequence[ir.Value], like: str, layer: int, name: str) -> ir.Value:
     pattern = _named(values, like)
     return ir.Value(name=name, shape=pattern.shape, type=pattern.type)

@@ -1,4 +1,6 @@
-"""What stands behind an initializer of a lowered graph: which checkpoint tensors, in which format, and which part of it."""
+"""What stands behind an initializer of a lowered graph: which checkpoint tensors, in which format, and which part of
+it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ _STORED, _PARTS = "stored", "parts"
 class Stored:
     """One initializer's content: `role` of the checkpoint tensors `parts`, stacked by rows, in `format`.
 
-    Initializers with equal descriptions are the same bytes, whatever their shapes: a tied embedding and head are stored once.
+    Initializers with equal descriptions are the same bytes, whatever their shapes: a tied embedding and head are stored
+    once.
     """
 
     parts: tuple[str, ...]
@@ -26,7 +29,9 @@ class Stored:
 
 
 def parts_of(weight: ir.Value) -> tuple[str, ...]:
-    """The checkpoint tensors whose rows, stacked, are this weight of the canonical graph: by default the one of its name."""
+    """The checkpoint tensors whose rows, stacked, are this weight of the canonical graph: by default the one of its
+    name.
+    """
     parts: tuple[str, ...] = weight.meta.get(_PARTS, (str(weight.name),))
     return parts
 

@@ -1,4 +1,4 @@
-"""What every checkpoint looks like to the rest of the project: named tensors whose rows are read when they are needed."""
+"""What a checkpoint looks like to the rest of the project: named tensors whose rows are read when needed."""
 
 from __future__ import annotations
 

@@ -13,6 +13,8 @@ PASSES = (simplify, fuse_static_reshape, fuse_rms_norm, fuse_rotary, simplify)
 
 
 def fuse(model: ir.Model) -> None:
-    """Leave Attention, TensorScatter, RotaryEmbedding, RMSNormalization and MatMul, with no shape arithmetic between them."""
+    """Leave Attention, TensorScatter, RotaryEmbedding, RMSNormalization and MatMul, with no shape arithmetic between
+    them.
+    """
     for run in PASSES:
         run(model)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common
+from onnx_ir.passes import common
 from onnxscript.rewriter import pattern
 
 from ..graph import constant, producer
 
 
-class _Rotary(pattern.RewriteRuleClassBase):
+class _Rotary(pattern.RewriteRuleClassBase):  # type: ignore[misc]
     """RoFormer's rotation in the half-split layout of transformers' `apply_rotary_pos_emb`.
 
-    cos and sin arrive as f(concat(angles, angles)) with an optional factor (yarn's attention scaling) and cast; RotaryEmbedding
-    takes f(angles), since both halves of the head share their angles.
+    cos and sin arrive as f(concat(angles, angles)) with an optional factor (yarn's attention scaling) and cast;
+    RotaryEmbedding takes f(angles), since both halves of the head share their angles.
     """
 
     def __init__(self) -> None:

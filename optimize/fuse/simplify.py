@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 import onnxscript.optimizer
+from onnx_ir.passes import common
 
 _SMALL = 1 << 16
 """Bytes up to which a constant is folded: the mask's index row is, a weight never is."""
 
 
 def simplify(model: ir.Model) -> None:
-    """Fold small constants (TensorRT wants constant axes and shapes), drop Identity and unused nodes, join equal nodes."""
+    """Fold small constants (TensorRT wants constant axes and shapes), drop unused nodes, join equal ones."""
     logger = logging.getLogger("onnx_ir.passes.common.initializer_deduplication")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it warns of each weight without values, and here all are

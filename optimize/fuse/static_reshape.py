@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common
+from onnx_ir.passes import common
 
 from ..graph import add_initializer, constant, nodes_of, producer
 
 
 def fuse_static_reshape(model: ir.Model) -> None:
-    """Needs folded constants. The first two parts must be x's own first two dimensions, as transformers' views have them."""
+    """Needs folded constants. The first two parts must be x's own first two dimensions, as transformers' views have
+    them.
+    """
     for node in nodes_of(model, "Reshape"):
         concat = producer(node.inputs[1], "Concat")
         if concat is None or len(concat.inputs) < 3:

@@ -1,4 +1,5 @@
-"""Passes that lower the canonical graph to the `ort` dialect: com.microsoft ops in opset 21, for ONNX Runtime 1.23.2 and later.
+"""Passes that lower the canonical graph to the `ort` dialect: com.microsoft ops in opset 21, for ONNX Runtime 1.23.2
+and later.
 
 The result also loads in onnxruntime-genai and optimum: inputs input_ids, attention_mask, past_key_values.N.key|value;
 outputs logits, present.N.key|value.
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnx_ir.passes.common as common
+from onnx_ir.passes import common
 
 from ..formats import Format
 from .attention import lower_attention
@@ -29,8 +30,10 @@ MINIMUM_ONNXRUNTIME = "1.23.2"
 
 @dataclass(frozen=True)
 class OrtOptions:
-    """formats: how each checkpoint tensor is stored. frequencies: float32 [head_dim / 2] and the factor on cos and sin of the
-    rotary tables, which reach to `context` positions. accuracy_level: MatMulNBits' (4: int8 activations; 0: as the inputs)."""
+    """formats: how each checkpoint tensor is stored. frequencies: float32 [head_dim / 2] and the factor on cos and sin
+    of the rotary tables, which reach to `context` positions. accuracy_level: MatMulNBits' (4: int8 activations; 0: as
+    the inputs).
+    """
 
     formats: Mapping[str, Format]
     frequencies: npt.NDArray[np.float32]

@@ -5,17 +5,18 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnx_ir.passes.common as common
+from onnx_ir.passes import common
 
 from ..graph import MICROSOFT, add_initializer, nodes_of, producer
 
 
 def lower_attention(model: ir.Model, frequencies: npt.NDArray[np.float32], scaling: float, context: int) -> None:
-    """Needs the canonical graph; leaves GroupQueryAttention with separate queries, keys and values [batch, sequence, width].
+    """Needs the canonical graph; leaves GroupQueryAttention with separate queries, keys and values [batch, sequence,
+    width].
 
-    `position_ids` and the mask made of them go; `attention_mask` [batch, total_sequence] comes: row lengths are its sums
-    (contrib op GroupQueryAttention: seqlens_k is the last valid index of each row). The cache becomes as long as the caller's
-    buffer. Rotary tables cover `context` positions, in the dtype of the activations.
+    `position_ids` and the mask made of them go; `attention_mask` [batch, total_sequence] comes: row lengths are its
+    sums (contrib op GroupQueryAttention: seqlens_k is the last valid index of each row). The cache becomes as long as
+    the caller's buffer. Rotary tables cover `context` positions, in the dtype of the activations.
     """
     graph = model.graph
     dtype = graph.outputs[0].dtype
@@ -63,7 +64,7 @@ def _lower(attention: ir.Node, rest: list[ir.Value]) -> None:
     ]
     pasts = [scatter.inputs[0] for scatter in scatters]
     presents = [scatter.outputs[0] for scatter in scatters]
-    heads, kv_heads = (value.shape[1] for value in (attention.outputs[0], pasts[0]) if value and value.shape)
+    heads, kv_heads = (_size(value, 1) for value in (attention.outputs[0], pasts[0]))
     lowered = ir.node(
         "GroupQueryAttention",
         [*flat, *pasts, *rest],
@@ -86,11 +87,17 @@ def _lower(attention: ir.Node, rest: list[ir.Value]) -> None:
     ir.convenience.replace_all_uses_with(result, lowered.outputs[0])
     for past, present, new in zip(pasts, presents, lowered.outputs[1:], strict=True):
         assert past is not None
-        batch, kv, _, head = past.shape or ()
-        past.shape = ir.Shape([batch, kv, "past_sequence", head])
-        new.name, new.shape, new.type = present.name, ir.Shape([batch, kv, "total_sequence", head]), past.type
+        head = _size(past, 3)
+        past.shape = ir.Shape(["batch", kv_heads, "past_sequence", head])
+        new.name, new.shape, new.type = present.name, ir.Shape(["batch", kv_heads, "total_sequence", head]), past.type
         graph.outputs[list(graph.outputs).index(present)] = new
         present.name = f"{present.name}/replaced"
+
+
+def _size(value: ir.Value | None, axis: int) -> int:
+    """A dimension that the trace knows."""
+    assert value is not None and value.shape is not None
+    return int(value.shape[axis])  # type: ignore[arg-type]
 
 
 def _expect(value: ir.Value | None, op_type: str) -> ir.Node:
@@ -100,7 +107,9 @@ def _expect(value: ir.Value | None, op_type: str) -> ir.Node:
 
 
 def _flat(value: ir.Value | None) -> ir.Value:
-    """The projection [batch, sequence, heads * head_dim] that was reshaped and transposed into [batch, heads, sequence, head_dim]."""
+    """The projection [batch, sequence, heads * head_dim] that was reshaped and transposed into [batch, heads, sequence,
+    head_dim].
+    """
     flat = _expect(_expect(value, "Transpose").inputs[0], "Reshape").inputs[0]
     assert flat is not None
     return flat

@@ -15,7 +15,7 @@ from .linear import dense_weight
 
 
 def lower_embedding(model: ir.Model, formats: Mapping[str, Format]) -> None:
-    """Needs Gather(embedding, input_ids). A tied head reads the same bytes: only the shape of the initializer differs."""
+    """Needs Gather(embedding, input_ids). A tied head reads the same bytes: only the initializer's shape differs."""
     graph = model.graph
     gather = next(node for node in nodes_of(model, "Gather") if node.inputs[0] is graph.initializers[EMBEDDING])
     format = formats[EMBEDDING]

@@ -11,10 +11,10 @@ from ..graph import add_initializer, producer
 def keep_last_positions(model: ir.Model) -> None:
     """Needs `lower_attention` (attention_mask) and the final norm before the head; gathers between the two.
 
-    Rows of a batch end at different places: valid = sum(attention_mask) - (total - sequence) of the new tokens count, at least
-    one, and the positions [valid - keep, valid) are taken, none below 0. `logits_to_keep` int64 [1] is an initializer that is also listed
-    as an input (default 1), so other tools need not feed it; `logits` is declared [batch, 1, vocab], which onnxruntime-genai
-    allocates from.
+    Rows of a batch end at different places: valid = sum(attention_mask) - (total - sequence) of the new tokens count,
+    at least one, and the positions [valid - keep, valid) are taken, none below 0. `logits_to_keep` int64 [1] is an
+    initializer that is also listed as an input (default 1), so other tools need not feed it; `logits` is declared
+    [batch, 1, vocab], which onnxruntime-genai allocates from.
     """
     graph = model.graph
     logits = graph.outputs[0]
@@ -23,7 +23,9 @@ def keep_last_positions(model: ir.Model) -> None:
     graph.inputs.append(keep)
     ids, mask = graph.inputs[0], graph.inputs[1]
     constants = {value: add_initializer(graph, name, np.array([value], np.int64)) for name, value in _CONSTANTS}
-    scalars = {value: add_initializer(graph, f"{name}_scalar", np.array(value, np.int64)) for name, value in _CONSTANTS[:2]}
+    scalars = {
+        value: add_initializer(graph, f"{name}_scalar", np.array(value, np.int64)) for name, value in _CONSTANTS[:2]
+    }
     added: list[ir.Node] = []
 
     def op(op_type: str, *inputs: ir.Value, **attributes: int) -> ir.Value:

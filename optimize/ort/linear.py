@@ -1,4 +1,6 @@
-"""Projections become MatMulNBits on block-quantised weights, FusedMatMul on plain ones; rows stay as the checkpoint has them."""
+"""Projections become MatMulNBits on block-quantised weights, FusedMatMul on plain ones; rows stay as the checkpoint has
+them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ _DENSE = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.Dat
 
 
 def lower_linears(model: ir.Model, formats: Mapping[str, Format], accuracy_level: int) -> None:
-    """Needs MatMul(x, Transpose(weight)); leaves each weight described for the writer, in the layout its kernel reads."""
+    """Needs MatMul(x, Transpose(weight)); leaves each weight described for the writer, as its kernel reads it."""
     for linear in linears_of(model):
         format = formats[parts_of(linear.weight)[0]]
         if format.quantised:
@@ -41,7 +43,11 @@ def _quantised(graph: ir.Graph, linear: Linear, format: Format, accuracy_level: 
     rows, columns = (int(size) for size in linear.weight.shape)  # type: ignore[arg-type]
     blocks = -(-columns // format.block)
     codes = store(
-        graph, f"{name}.codes", [rows, blocks, BLOCK * format.bits // 8], ir.DataType.UINT8, Stored(parts, format, "codes")
+        graph,
+        f"{name}.codes",
+        [rows, blocks, BLOCK * format.bits // 8],
+        ir.DataType.UINT8,
+        Stored(parts, format, "codes"),
     )
     scales = store(graph, f"{name}.scales", [rows, blocks], activation, Stored(parts, format, "scales"))
     product = ir.node(
@@ -60,8 +66,9 @@ def _quantised(graph: ir.Graph, linear: Linear, format: Format, accuracy_level: 
 
 
 def _offset_correction(graph: ir.Graph, name: str, x: ir.Value, offsets: ir.Value) -> list[ir.Node]:
-    """x @ (offset of each block) = (sum of x over each block) @ offsets^T: exact, and a 32nd of the work. A floating zero point
-    inside MatMulNBits would be 20 to 30 times slower and not bit-equal."""
+    """x @ (offset of each block) = (sum of x over each block) @ offsets^T: exact, and a 32nd of the work. A floating
+    zero point inside MatMulNBits would be 20 to 30 times slower and not bit-equal.
+    """
     blocked = add_initializer(graph, "shape_0_0_-1_32", np.array([0, 0, -1, BLOCK], np.int64))
     last = add_initializer(graph, "minus_one", np.array([-1], np.int64))
     reshape = ir.node("Reshape", [x, blocked], name=f"{name}/Reshape_blocks")
@@ -88,7 +95,9 @@ def _dense(graph: ir.Graph, linear: Linear, format: Format) -> tuple[ir.Value, l
 def dense_weight(
     graph: ir.Graph, weight: ir.Value, format: Format, activation: ir.DataType | None
 ) -> tuple[ir.Value, list[ir.Node]]:
-    """The weight stored in `format`, and the Cast that computing in another dtype needs (ONNX Runtime folds it when it loads)."""
+    """The weight stored in `format`, and the Cast that computing in another dtype needs (ONNX Runtime folds it when it
+    loads).
+    """
     assert weight.shape is not None
     name, dtype = str(weight.name), _DENSE[format.name]
     shape = [int(size) for size in weight.shape]  # type: ignore[arg-type]

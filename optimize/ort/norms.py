@@ -8,8 +8,9 @@ from ..graph import MICROSOFT, nodes_of, producer
 
 
 def lower_norms(model: ir.Model) -> None:
-    """Needs RMSNormalization over the last axis. Leaves SkipSimplifiedLayerNormalization(a, b) for a norm of a + b, whose
-    fourth output is the sum for the next residual, and SimplifiedLayerNormalization for a norm of anything else."""
+    """Needs RMSNormalization over the last axis. Leaves SkipSimplifiedLayerNormalization(a, b) for a norm of a + b,
+    whose fourth output is the sum for the next residual, and SimplifiedLayerNormalization for a norm of anything else.
+    """
     for node in nodes_of(model, "RMSNormalization"):
         add = producer(node.inputs[0], "Add")
         epsilon = node.attributes["epsilon"].as_float()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,7 +42,8 @@ def _linear(matmul: ir.Node) -> Linear | None:
 
 
 def pack_linears(model: ir.Model, formats: Mapping[str, Format]) -> None:
-    """Needs the canonical projections; leaves one for each group that reads the same value in the same format, and a Split.
+    """Needs the canonical projections; leaves one for each group that reads the same value in the same format, and a
+    Split.
 
     Fewer and larger products: at one row each costs a start and a stop of all threads.
     """
@@ -81,6 +81,6 @@ def _pack(graph: ir.Graph, group: list[Linear]) -> None:
 
 def _joint_name(names: list[str]) -> str:
     """`…self_attn.q_proj`, `…k_proj`, `…v_proj` together are `…self_attn.q_k_v_proj`."""
-    common = os.path.commonprefix(names).rpartition(".")[0]
-    suffixes = [name[len(common) + 1 :].removesuffix("_proj") for name in names]
-    return f"{common}.{'_'.join(suffixes)}_proj"
+    module = names[0].rpartition(".")[0]
+    suffixes = [name.rpartition(".")[2].removesuffix("_proj") for name in names]
+    return f"{module}.{'_'.join(suffixes)}_proj"

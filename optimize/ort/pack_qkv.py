@@ -8,8 +8,9 @@ from ..graph import nodes_of, producer
 
 
 def pack_qkv(model: ir.Model) -> None:
-    """Needs `lower_attention` and `pack_linears`; leaves out the Split between them where they fit. Differing formats keep
-    separate inputs."""
+    """Needs `lower_attention` and `pack_linears`; leaves out the Split between them where they fit. Differing formats
+    keep separate inputs.
+    """
     for node in nodes_of(model, "GroupQueryAttention"):
         split = producer(node.inputs[0], "Split")
         if split is not None and list(split.outputs) == list(node.inputs[:3]):

@@ -14,6 +14,11 @@ def lower_vectors(model: ir.Model) -> None:
     """Needs the matrices described and unused weights gone; describes the rest."""
     graph = model.graph
     for name, value in list(graph.initializers.items()):
-        if value.const_value is None and stored_of(value) is None and value.shape is not None and value.dtype is not None:
+        if (
+            value.const_value is None
+            and stored_of(value) is None
+            and value.shape is not None
+            and value.dtype is not None
+        ):
             shape = [int(size) for size in value.shape]  # type: ignore[arg-type]
             store(graph, name, shape, value.dtype, Stored(parts_of(value), _FORMATS[value.dtype], "values"))

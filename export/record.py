@@ -1,0 +1,114 @@
+"""The reference inside a bundle: the exported model proposes greedy text, one PyTorch pass proves each token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from ..errors import LlamaExportError
+from ..optimize.tensors import Float32
+from ..progress import Progress
+from ..runtime.batch import BatchReplay
+from ..runtime.bundle import Bundle, Manifest
+from ..runtime.onnx_file import with_accuracy_level
+from ..runtime.reference import SCHEMA_VERSION, Index, Logits, Prompt, Reference, WeightRecord, compress
+from ..runtime.threads import physical_cores
+from .config import llama_config
+from .reference import ExactModel
+from .source import Source
+from .write import Placement
+
+CONTINUATION = 32
+"""Tokens after each prompt that are decoded one by one."""
+
+_LONGEST = 48
+"""Tokens of a prompt, so that the file stays small."""
+
+PROMPTS: Mapping[str, str] = {
+    "prose": "The old lighthouse keeper climbed the stairs every evening at dusk with a lantern and a book of maps.",
+    "question": "Question: What is the capital of France, and on which river does it lie? Answer briefly.\nAnswer:",
+    "code": 'def fibonacci(n: int) -> int:\n    """Return the n-th number."""\n    if n < 2:\n        return n\n',
+    "scripts": "Привет, мир! こんにちは世界。 مرحبا بالعالم 🌍 naïve façade ½ ≠ 1234567890",
+    "repeated": "one two three one two three one two three one two three one two three one two three one two three",
+}
+
+
+def record_reference(
+    source: Source,
+    placements: Mapping[str, Placement],
+    folder: Path,
+    manifest: Manifest,
+    tools: Mapping[str, str],
+    progress: Progress,
+) -> Reference:
+    """Make the reference of the bundle in `folder`, whose graph and weights are there and whose manifest is not yet.
+
+    placements: where each checkpoint tensor is stored, see `write.placements`.
+    """
+    prompts = _prompts(source, manifest)
+    continued = _propose(prompts, folder, manifest)
+    formats = {name: placement.format for name, placement in placements.items()}
+    scales = np.dtype(manifest.shape.cache_dtype)
+    model = ExactModel(llama_config(source.config), source.tensors, formats, scales)
+    logits = model.logits(list(continued.values()), progress)
+    index = Index(
+        SCHEMA_VERSION,
+        source.model_id,
+        source.revision,
+        manifest.shape.vocab,
+        tuple(
+            _proven(name, prompts[name], ids, rows) for (name, ids), rows in zip(continued.items(), logits, strict=True)
+        ),
+        tuple(_weight(name, source, placements[name], model) for name in source.tensors),
+        tools,
+    )
+    return Reference(index, Logits.joined([compress(rows) for rows in logits]))
+
+
+def _prompts(source: Source, manifest: Manifest) -> dict[str, list[int]]:
+    """The built-in prompts as token ids, all cut to the length of the shortest, so that they are replayed as one batch.
+
+    Prompts in a script whose tokens lie outside of the model's vocabulary are left out.
+    """
+    tokenizer = Tokenizer.from_str(source.content("tokenizer.json").decode())
+    encoded = {name: tokenizer.encode(text).ids for name, text in PROMPTS.items()}
+    found = {name: ids for name, ids in encoded.items() if ids and max(ids) < manifest.shape.vocab}
+    if not found:
+        raise LlamaExportError(
+            f"The tokenizer of {source.model_id} gives no token of the model's {manifest.shape.vocab} for "
+            "any text, so they do not belong together; take the model's own tokenizer.json, or use --no-reference."
+        )
+    room = max(1, manifest.limits.context // 2)
+    length = min(room, _LONGEST, *(len(ids) for ids in found.values()))
+    return {name: ids[:length] for name, ids in found.items()}
+
+
+def _propose(prompts: Mapping[str, Sequence[int]], folder: Path, manifest: Manifest) -> dict[str, list[int]]:
+    """Each prompt with the greedy continuation that the exported graph gives in full precision."""
+    graph = with_accuracy_level((folder / "model.onnx").read_bytes(), 0)
+    bundle = Bundle(folder, manifest, manifest_sha256="")
+    replay = BatchReplay(bundle, len(prompts), model=graph, threads=physical_cores())
+    ids = np.array(list(prompts.values()), np.int64)
+    steps = min(CONTINUATION, manifest.limits.context - ids.shape[1])
+    new, tokens = ids, [ids]
+    for _ in range(steps):
+        new = replay.extend(new)[:, -1:].argmax(axis=-1)
+        tokens.append(new)
+    return dict(zip(prompts, np.concatenate(tokens, axis=1).tolist(), strict=True))
+
+
+def _proven(name: str, prompt: Sequence[int], ids: Sequence[int], logits: Float32) -> Prompt:
+    chosen = logits[len(prompt) - 1 : -1].argmax(axis=1)
+    proven = int((chosen == np.asarray(ids[len(prompt) :])).sum())
+    return Prompt(name, PROMPTS[name], tuple(ids), len(prompt), proven)
+
+
+def _weight(name: str, source: Source, placement: Placement, model: ExactModel) -> WeightRecord:
+    sha256, norm = model.fingerprints[name]
+    initializers = {str(role): initializer for role, initializer in placement.initializers.items()}
+    return WeightRecord(
+        name, placement.format.name, source.tensors[name].shape, placement.row, initializers, sha256, norm
+    )

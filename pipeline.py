@@ -1,0 +1,258 @@
+"""From a checkpoint and a target to a bundle: the one place where all four folders meet."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .export.config import LlamaShape, llama_config
+from .export.destination import check_destination, require_space, staged
+from .export.genai_config import genai_config
+from .export.source import Source, open_source
+from .export.token_ids import TokenIds, token_ids
+from .optimize.formats import Format, plan_formats, stored_bytes
+from .progress import Progress, Silent
+from .runtime.bundle import Limits, Manifest, ModelRecord, Shape, Tokens, seal
+from .runtime.threads import physical_cores
+from .targets.context import PREFILL_CHUNK, ContextChoice, Load, choose_context
+from .targets.devices import Target, load_target
+from .targets.made import Made, what_is_made
+
+if TYPE_CHECKING:
+    from .export.write import Placement
+
+SHIPPED_ACCURACY_LEVEL = {"float32": 4, "float16": 0}
+"""MatMulNBits' accuracy_level by activations: on the CPU int8 activations run at the speed of memory."""
+
+_TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy", "tokenizers")
+_BESIDE_WEIGHTS = 64_000_000
+"""Bytes for everything but the weights: graph, tokenizer, reference."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What `llama-export build` was asked for; None leaves the choice to model and target."""
+
+    model: str
+    target: str
+    output: Path
+    precision: str | None = None
+    context: int | None = None
+    batch: int = 1
+    revision: str | None = None
+    token: str | None = None
+    cache_dir: Path | None = None
+    reference: bool = True
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What was made. stages: seconds by stage."""
+
+    output: Path
+    manifest: Manifest
+    context: ContextChoice
+    notes: tuple[str, ...]
+    stages: Mapping[str, float]
+
+    @property
+    def bytes(self) -> int:
+        return sum(record.size for record in self.manifest.files.values())
+
+    def lines(self) -> list[str]:
+        """The report for people."""
+        manifest, seconds = self.manifest, sum(self.stages.values())
+        return [
+            f"{self.output}: {manifest.model.id}, {manifest.precision}, for {manifest.target}, "
+            f"{self.bytes / 1e6:.1f} MB in {seconds:.1f} s",
+            self.context.reason,
+            *self.notes,
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report for programs."""
+        return {
+            "schema_version": 1,
+            "output": str(self.output),
+            "bytes": self.bytes,
+            "seconds": {name: round(value, 3) for name, value in self.stages.items()},
+            "context": asdict(self.context),
+            "notes": list(self.notes),
+            "manifest": json.loads(self.manifest.to_json()),
+        }
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that is decided before anything is made."""
+
+    source: Source
+    shape: LlamaShape
+    tokens: TokenIds
+    target: Target
+    made: Made
+    precision: str
+    formats: Mapping[str, Format]
+    context: ContextChoice
+    batch: int
+
+
+class _Clock:
+    """Seconds of each stage, told to the progress as they begin."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._began, self._name = progress, time.perf_counter(), ""
+        self.stages: dict[str, float] = {}
+
+    def stage(self, name: str, title: str) -> None:
+        self.stop()
+        self._name, self._began = name, time.perf_counter()
+        self._progress.stage(title)
+
+    def stop(self) -> None:
+        if self._name:
+            self.stages[self._name] = time.perf_counter() - self._began
+
+
+def build(options: BuildOptions, progress: Progress | None = None) -> BuildReport:
+    """Make the bundle `options.output`: all of it or nothing.
+
+    Raises UsageError and LlamaExportError, each with one sentence for the user.
+    """
+    progress = progress or Silent()
+    clock = _Clock(progress)
+    target = load_target(options.target)
+    check_destination(options.output, force=options.force)
+    clock.stage("open", f"Opening {options.model}")
+    plan = _plan(options, target)
+    for warning in filter(None, [plan.context.warning]):
+        progress.warn(warning)
+    with staged(options.output, force=options.force) as folder:
+        placements = _write_model(plan, folder, clock, progress)
+        _write_companions(plan, folder)
+        manifest = _manifest(plan)
+        if options.reference:
+            clock.stage("reference", "Recording what PyTorch computes")
+            _write_reference(plan, placements, folder, manifest, progress)
+        clock.stage("seal", "Hashing the files")
+        manifest = seal(folder, manifest)
+    clock.stop()
+    return BuildReport(options.output, manifest, plan.context, plan.made.notes, clock.stages)
+
+
+def _plan(options: BuildOptions, target: Target) -> _Plan:
+    made = what_is_made(target)
+    source = open_source(options.model, revision=options.revision, token=options.token, cache_dir=options.cache_dir)
+    shape = LlamaShape.from_config(source.config)
+    keeps_own = options.precision is None and source.native_precision is not None
+    precision = None if keeps_own else options.precision or target.default_precision
+    formats = plan_formats(source.tensors, precision)
+    weights = sum(stored_bytes(tensor.shape, formats[name]) for name, tensor in source.tensors.items())
+    load = Load(shape, weights, made.activations, made.on_cpu, options.batch)
+    context = choose_context(target, load, shape.max_positions, options.context)
+    require_space(options.output.parent, weights + _BESIDE_WEIGHTS)
+    named = precision or str(source.native_precision)
+    return _Plan(source, shape, token_ids(source), target, made, named, formats, context, options.batch)
+
+
+def _write_model(plan: _Plan, folder: Path, clock: _Clock, progress: Progress) -> dict[str, Placement]:
+    """Write model.onnx and its data, and tell where each tensor went."""
+    clock.stage("trace", "Tracing transformers' Llama")
+    import torch  # noqa: PLC0415 (seconds to import, and only building needs it)
+
+    from .export.canonical import canonical  # noqa: PLC0415
+    from .export.trace import rotary  # noqa: PLC0415
+    from .export.write import lay_out, placements, refer, write_data  # noqa: PLC0415
+    from .optimize.ort import OrtOptions, lower  # noqa: PLC0415
+
+    config, context = llama_config(plan.source.config), plan.context.context
+    model = canonical(config, context=context, dtype=getattr(torch, plan.made.activations))
+    clock.stage("lower", "Fusing and lowering the graph")
+    frequencies, scaling = rotary(config)
+    level = SHIPPED_ACCURACY_LEVEL[plan.made.activations]
+    lower(model, OrtOptions(plan.formats, frequencies.numpy(), scaling, context, level))
+    layout = lay_out(model)
+    clock.stage("write", "Writing the weights")
+    write_data(model, layout, plan.source.tensors, folder, progress, physical_cores())
+    placed = placements(model, plan.source.tensors)
+    refer(model, layout, folder)
+    return placed
+
+
+def _write_companions(plan: _Plan, folder: Path) -> None:
+    """Config, tokenizer, template and licence as the checkpoint has them, and what onnxruntime-genai reads."""
+    for name in plan.source.files:
+        (folder / name).write_bytes(plan.source.content(name))
+    genai = genai_config(
+        plan.shape,
+        context=plan.context.context,
+        bos_token_id=plan.tokens.bos,
+        eos_token_ids=plan.tokens.eos,
+        pad_token_id=plan.tokens.pad,
+        generation=plan.source.json("generation_config.json"),
+        provider="cpu" if plan.made.on_cpu else "cuda",
+    )
+    (folder / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
+
+
+def _manifest(plan: _Plan) -> Manifest:
+    from .optimize.ort import MINIMUM_ONNXRUNTIME  # noqa: PLC0415
+
+    shape, source = plan.shape, plan.source
+    return Manifest(
+        model=ModelRecord(source.model_id, source.kind, source.revision, source.licence),
+        target=plan.target.name,
+        dialect=plan.made.dialect,
+        precision=plan.precision,
+        shape=Shape(
+            layers=shape.layers,
+            hidden=shape.hidden,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            ffn=shape.ffn,
+            vocab=shape.vocab,
+            cache_dtype=plan.made.activations,
+        ),
+        limits=Limits(plan.context.context, plan.batch, min(PREFILL_CHUNK, plan.context.context)),
+        tokens=Tokens(plan.tokens.bos, plan.tokens.eos, plan.tokens.pad, plan.tokens.add_bos),
+        minimum={"python": "3.10", "onnxruntime": MINIMUM_ONNXRUNTIME},
+        providers=plan.made.providers,
+        tools=tool_versions(),
+        notes=plan.made.notes,
+    )
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of what makes a bundle."""
+    return {
+        "llama-export": __version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in _TOOLS},
+    }
+
+
+def _write_reference(
+    plan: _Plan, placements: Mapping[str, Placement], folder: Path, manifest: Manifest, progress: Progress
+) -> None:
+    from .export.record import record_reference  # noqa: PLC0415
+    from .runtime.reference import save_reference  # noqa: PLC0415
+
+    reference = record_reference(
+        plan.source,
+        placements,
+        folder,
+        # Proposing the greedy text takes no GPU: ONNX Runtime's CPU kernels run the same graph.
+        replace(manifest, providers=("CPUExecutionProvider",)),
+        tool_versions(),
+        progress,
+    )
+    save_reference(reference, folder)

@@ -1,0 +1,157 @@
+"""The little of model.onnx that a device needs to know, read from its protobuf bytes without the onnx package.
+
+Wire format: protobuf.dev/programming-guides/encoding; field numbers: onnx.proto of ONNX 1.16 and later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import LlamaExportError
+
+DATA_FILE = "model.onnx.data"
+
+_MODEL_GRAPH = 7
+_GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
+_NODE_ATTRIBUTE = 5
+_ATTRIBUTE_NAME, _ATTRIBUTE_INT = 1, 3
+_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 1, 2, 8, 13, 14
+_ENTRY_KEY, _ENTRY_VALUE = 1, 2
+
+_DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16", 16: "bfloat16"}
+"""TensorProto.DataType -> name."""
+_SIZES = {"float32": 4, "uint8": 1, "int8": 1, "int32": 4, "int64": 8, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Initializer:
+    """A tensor whose bytes lie in the data file: `size` bytes from `offset` on."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class _Field:
+    """One field of a message: its number, and either a varint at [start, stop) or bytes there."""
+
+    number: int
+    varint: int | None
+    start: int
+    stop: int
+
+
+def external_initializers(model: bytes, data_size: int) -> dict[str, Initializer]:
+    """The initializers of a serialized ModelProto that lie in model.onnx.data, which has `data_size` bytes.
+
+    Raises LlamaExportError when one lies in any other file, outside of the data file, or has another size than its
+    shape says.
+    """
+    found = {}
+    for graph in _messages(model, 0, len(model), _MODEL_GRAPH):
+        for field in _messages(model, graph.start, graph.stop, _GRAPH_INITIALIZER):
+            initializer = _initializer(model, field, data_size)
+            if initializer is not None:
+                found[initializer.name] = initializer
+    return found
+
+
+def with_accuracy_level(model: bytes, level: int) -> bytes:
+    """The same graph with `accuracy_level` of every MatMulNBits set: 0 computes in the inputs' own precision."""
+    changed = bytearray(model)
+    for graph in _messages(model, 0, len(model), _MODEL_GRAPH):
+        for node in _messages(model, graph.start, graph.stop, _GRAPH_NODE):
+            for attribute in _messages(model, node.start, node.stop, _NODE_ATTRIBUTE):
+                fields = {field.number: field for field in _fields(model, attribute.start, attribute.stop)}
+                name, number = fields.get(_ATTRIBUTE_NAME), fields.get(_ATTRIBUTE_INT)
+                if name is None or number is None or model[name.start : name.stop] != b"accuracy_level":
+                    continue
+                if number.stop - number.start != 1 or not 0 <= level < 0x80:
+                    raise LlamaExportError("model.onnx has an accuracy_level out of range; build the bundle again.")
+                changed[number.start] = level
+    return bytes(changed)
+
+
+def _initializer(model: bytes, tensor: _Field, data_size: int) -> Initializer | None:
+    name, type_number, dims, external, outside = "", 0, [], {}, False
+    for field in _fields(model, tensor.start, tensor.stop):
+        if field.number == _TENSOR_NAME:
+            name = _text(model, field)
+        elif field.number == _TENSOR_TYPE:
+            type_number = field.varint or 0
+        elif field.number == _TENSOR_DIMS:
+            dims += [field.varint] if field.varint is not None else list(_packed(model, field))
+        elif field.number == _TENSOR_LOCATION:
+            outside = field.varint == 1
+        elif field.number == _TENSOR_EXTERNAL:
+            entry = {part.number: _text(model, part) for part in _fields(model, field.start, field.stop)}
+            external[entry.get(_ENTRY_KEY, "")] = entry.get(_ENTRY_VALUE, "")
+    if not outside and not external:
+        return None
+    dtype, location = _DTYPES.get(type_number), external.get("location")
+    if location != DATA_FILE or dtype is None:
+        raise LlamaExportError(
+            f"model.onnx keeps {name!r} in {location!r} as type {type_number}, but a bundle keeps its weights in "
+            f"{DATA_FILE}; build the bundle again."
+        )
+    offset, size = (
+        int(text) if text.isdigit() else -1 for text in (external.get(key, "0") for key in ("offset", "length"))
+    )
+    if offset < 0 or size != int(np.prod(dims, dtype=object)) * _SIZES[dtype] or offset + size > data_size:
+        raise LlamaExportError(
+            f"model.onnx places {name!r} at {size} bytes from {offset} on, which does not fit its shape {dims} or the "
+            f"{data_size} bytes of {DATA_FILE}; copy or build the bundle again."
+        )
+    return Initializer(name, dtype, tuple(dims), offset, size)
+
+
+def _messages(data: bytes, start: int, stop: int, number: int) -> Iterator[_Field]:
+    return (field for field in _fields(data, start, stop) if field.number == number and field.varint is None)
+
+
+def _fields(data: bytes, start: int, stop: int) -> Iterator[_Field]:
+    """The fields of the message at [start, stop); LlamaExportError when the bytes are none."""
+    while start < stop:
+        key, start = _varint(data, start, stop)
+        number, wire = key >> 3, key & 7
+        value = None
+        if wire == 0:
+            value, end = _varint(data, start, stop)
+        elif wire == 2:
+            length, start = _varint(data, start, stop)
+            end = start + length
+        elif wire in (1, 5):
+            end = start + (8 if wire == 1 else 4)
+        else:
+            end = stop + 1
+        if end > stop:
+            raise LlamaExportError("model.onnx is damaged (not a valid protobuf); copy or build the bundle again.")
+        yield _Field(number, value, start, end)
+        start = end
+
+
+def _varint(data: bytes, start: int, stop: int) -> tuple[int, int]:
+    value, shift = 0, 0
+    for index in range(start, min(stop, start + 10)):
+        value |= (data[index] & 0x7F) << shift
+        if data[index] < 0x80:
+            return value, index + 1
+        shift += 7
+    raise LlamaExportError("model.onnx is damaged (a number has no end); copy or build the bundle again.")
+
+
+def _packed(data: bytes, field: _Field) -> Iterator[int]:
+    at = field.start
+    while at < field.stop:
+        value, at = _varint(data, at, field.stop)
+        yield value
+
+
+def _text(data: bytes, field: _Field) -> str:
+    return data[field.start : field.stop].decode(errors="replace")

@@ -1,0 +1,127 @@
+"""Are the stored weights the ones that PyTorch used? Dequantised on the device and compared by hash, tensor by tensor.
+
+This decodes the data file from the format's definition and shares no code with what wrote it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import LlamaExportError
+from .onnx_file import DATA_FILE, Initializer, external_initializers
+from .reference import WeightRecord, fingerprint
+
+Float32 = npt.NDArray[np.float32]
+_BLOCK = 32
+_STEP_VALUES = 1 << 21
+
+
+@dataclass(frozen=True)
+class WeightDifference:
+    """A stored tensor that is not what PyTorch used. norm: root of its sum of squares; expected_norm: what it should
+    be.
+    """
+
+    name: str
+    norm: float
+    expected_norm: float
+
+
+def compare_weights(
+    bundle: Path, records: tuple[WeightRecord, ...], advance: Callable[[int, int], None], threads: int
+) -> list[WeightDifference]:
+    """The tensors of the bundle whose dequantised values differ from the recorded ones in any bit.
+
+    advance: told values done and values in all. Raises LlamaExportError when the records do not fit the bundle's files.
+    """
+    data = bundle / DATA_FILE
+    initializers = external_initializers((bundle / "model.onnx").read_bytes(), data.stat().st_size)
+    total, done = sum(int(np.prod(record.shape)) for record in records), 0
+    differences = []
+    with data.open("rb") as file, ThreadPoolExecutor(threads) as pool:
+        compared = pool.map(lambda record: _compare(record, initializers, file.fileno()), records)
+        for record, difference in zip(records, compared, strict=True):
+            done += int(np.prod(record.shape))
+            advance(done, total)
+            if difference is not None:
+                differences.append(difference)
+    return differences
+
+
+def _compare(record: WeightRecord, initializers: Mapping[str, Initializer], file: int) -> WeightDifference | None:
+    digest, norm = fingerprint(_rows(record, initializers, file))
+    return None if digest == record.sha256 else WeightDifference(record.name, norm, record.norm)
+
+
+def _rows(record: WeightRecord, initializers: Mapping[str, Initializer], file: int) -> Iterator[Float32]:
+    """The record's tensor, dequantised, a few rows at a time: [n, columns]."""
+    stored = {role: _initializer(record, name, initializers) for role, name in record.initializers.items()}
+    rows, columns = record.shape[0], int(np.prod(record.shape[1:]))
+    decode = _DECODERS.get(record.format)
+    if decode is None:
+        raise LlamaExportError(f"The reference names an unknown format {record.format!r}; upgrade llama-export.")
+    step = max(1, _STEP_VALUES // columns)
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        parts = {role: _read(tensor, record.row + start, record.row + stop, file) for role, tensor in stored.items()}
+        yield decode(parts)[:, :columns]
+
+
+def _initializer(record: WeightRecord, name: str, initializers: Mapping[str, Initializer]) -> Initializer:
+    found = initializers.get(name)
+    if found is None or not found.shape or record.row < 0 or record.row + record.shape[0] > found.shape[0]:
+        raise LlamaExportError(
+            f"model.onnx has no {name!r} with the rows of {record.name}, as the reference says; build the bundle again."
+        )
+    return found
+
+
+def _read(tensor: Initializer, start: int, stop: int, file: int) -> npt.NDArray[np.generic]:
+    """Rows [start, stop) of a stored tensor as [n, numbers in a row]."""
+    row = tensor.size // tensor.shape[0]
+    data = os.pread(file, (stop - start) * row, tensor.offset + start * row)
+    if tensor.dtype == "bfloat16":
+        widened = np.frombuffer(data, "<u2").astype("<u4") << 16
+        return widened.view("<f4").reshape(stop - start, -1)
+    return np.frombuffer(data, np.dtype(tensor.dtype).newbyteorder("<")).reshape(stop - start, -1)
+
+
+Parts = Mapping[str, npt.NDArray[np.generic]]
+
+
+def _dense(parts: Parts) -> Float32:
+    return parts["values"].astype(np.float32)
+
+
+def _int8(parts: Parts) -> Float32:
+    return _scaled(parts["codes"].astype(np.float32) - np.float32(128), parts)
+
+
+def _int4(parts: Parts) -> Float32:
+    packed = parts["codes"].astype(np.uint8)
+    codes = np.stack((packed & 0x0F, packed >> 4), axis=-1)  # the even column is in the low nibble
+    return _scaled(codes.astype(np.float32).reshape(len(packed), -1) - np.float32(8), parts)
+
+
+def _scaled(codes: Float32, parts: Parts) -> Float32:
+    blocks = codes.reshape(len(codes), -1, _BLOCK) * parts["scales"].astype(np.float32)[..., None]
+    if "offsets" in parts:
+        blocks += parts["offsets"].astype(np.float32)[..., None]
+    return blocks.reshape(len(codes), -1)
+
+
+_DECODERS: Mapping[str, Callable[[Parts], Float32]] = {
+    "fp32": _dense,
+    "fp16": _dense,
+    "bf16": _dense,
+    "int8": _int8,
+    "int4": _int4,
+    "int4-offset": _int4,
+}
