@@ -260,15 +260,26 @@ def _add_special_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
 
 def _add_template(tokenizer: Tokenizer, vocabulary: _Vocabulary, adds_bos: bool) -> None:
     """Make the tokenizer put BOS before and EOS after a text, as the metadata say."""
-    bos = _special(vocabulary, "bos") if _flag(vocabulary.file, "add_bos_token", adds_bos) else None
-    eos = _special(vocabulary, "eos") if _flag(vocabulary.file, "add_eos_token", False) else None
-    if bos is None and eos is None:
+    adds = {
+        "bos": _flag(vocabulary.file, "add_bos_token", adds_bos),
+        "eos": _flag(vocabulary.file, "add_eos_token", False),
+    }
+    added = {role: token for role in adds if adds[role] and (token := _special(vocabulary, role)) is not None}
+    if not added:
         return
-    around = [(token, vocabulary.tokens.index(token)) for token in dict.fromkeys((bos, eos)) if token is not None]
-    parts = [part for part in (bos, "$A", eos) if part is not None]
-    second = [f"{part}:1" for part in (bos, "$B", eos) if part is not None]
+    # The template's syntax reserves ":" and "$"; a token with one of them goes by its role.
+    names = {role: role if ":" in token or "$" in token else token for role, token in added.items()}
+    first, second = (
+        [f"{part}:{text}" for part in (names.get("bos"), sequence, names.get("eos")) if part is not None]
+        for text, sequence in enumerate(("$A", "$B"))
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=parts, pair=[f"{part}:0" for part in parts] + second, special_tokens=around
+        single=first,
+        pair=first + second,
+        special_tokens=[
+            {"id": names[role], "ids": [vocabulary.tokens.index(token)], "tokens": [token]}
+            for role, token in added.items()
+        ],
     )
 
 
