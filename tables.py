@@ -15,8 +15,9 @@ def columns(rows: Sequence[Sequence[str]], *, indent: str = "") -> list[str]:
 
 
 def size(count: int) -> str:
-    """Bytes in decimal units: "913 bytes", "42.1 kB", "806 MB", "2.47 GB"."""
-    for unit, scale, digits in (("GB", 1e9, 2), ("MB", 1e6, 0), ("kB", 1e3, 1)):
+    """Bytes in decimal units, to three digits: "913 bytes", "42.1 kB", "806 MB", "2.47 GB"."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
-            return f"{count / scale:.{digits}f} {unit}"
+            value = count / scale
+            return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
     return f"{count} bytes"

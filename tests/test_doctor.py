@@ -121,7 +121,7 @@ def test_the_report_shows_what_speed_depends_on() -> None:
     for part in (
         "4 cores, 8 threads",
         "avx2, avx512_vnni",
-        "16.00 GB, 9.00 GB available",
+        "16.0 GB, 9.00 GB available",
         "torch 2.13.0+cpu",
         "1.32.0",
     ):

@@ -56,7 +56,7 @@ def test_people_see_what_it_is_and_what_it_takes(bundle: Path) -> None:
         "q4_1",
         "30 layers, hidden 576, FFN 1536, 9 heads and 3 KV heads of 64, vocabulary 49,152",
         "context 8,192 tokens, 2 texts at once, prompts in chunks of 512",
-        "float32, 46 MB for 1,000 tokens, 755 MB in full",  # 2 * 30 * 3 * 64 * 4 bytes a token
+        "float32, 46.1 MB for 1,000 tokens, 755 MB in full",  # 2 * 30 * 3 * 64 * 4 bytes a token
         "12.4 kB in 3 files",
         "python 3.10 or newer, onnxruntime 1.23.2 or newer",
         "torch 2.13.0",
