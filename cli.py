@@ -113,3 +113,42 @@ def doctor(context: click.Context, as_json: bool) -> None:
 
     found = examination.examine(settings_problem(configurable_commands(context), Path.cwd()))
     click.echo(json.dumps(examination.to_json(found), indent=2) if as_json else "\n".join(examination.lines(found)))
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("prompt", required=False)
+@click.option("--chat", is_flag=True, help="Apply the chat template; without PROMPT: a conversation, line by line.")
+@click.option("--system", help="Instructions for the model before the first turn; with --chat.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="End there at last.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
+@click.option("--top-k", type=int, default=0, show_default=True, help="Of the k likeliest tokens only; 0: of all.")
+@click.option("--top-p", type=float, default=1.0, show_default=True, help="Of the likeliest that make up p.")
+@click.option("--min-p", type=float, default=0.0, show_default=True, help="None below p times the likeliest.")
+@click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1: say less again.")
+@click.option("--seed", type=int, help="Of the random numbers: the same seed, the same text.")
+@click.option("--stop", multiple=True, help="End before this text; may be given several times.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="To compute with; default: the physical cores.")
+@click.option("--check-hashes", is_flag=True, help="Compare every file with the manifest again.")
+@json_option
+@quiet_option
+def run(
+    bundle: Path,
+    prompt: str | None,
+    *,
+    chat: bool,
+    system: str | None,
+    max_new_tokens: int,
+    stop: tuple[str, ...],
+    threads: int | None,
+    check_hashes: bool,
+    as_json: bool,
+    quiet: bool,
+    **sampling: Any,
+) -> None:
+    """Continue PROMPT with the model in BUNDLE, or chat with it; PROMPT - is read from stdin."""
+    from .runtime import GenerationOptions, SamplingOptions, load, terminal
+
+    options = GenerationOptions(max_new_tokens, SamplingOptions(**sampling), stop)
+    request = terminal.RunRequest(prompt, chat, system, options, as_json=as_json, quiet=quiet)
+    terminal.run(load(bundle, threads=threads, check_hashes=check_hashes), request)

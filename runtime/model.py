@@ -1,0 +1,149 @@
+"""A loaded bundle: text in, text out."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, Generic, TypeVar
+
+from ..errors import UsageError
+from .backend import Backend, OnnxRuntimeBackend
+from .bundle import Bundle, open_bundle
+from .chat import ChatTemplate, Message, load_chat_template
+from .conversation import Conversation
+from .generate import GenerationOptions, Result, Stream, TokenCache
+from .hashes import check_files
+from .requirements import require_python
+from .text import Tokenizer
+
+T = TypeVar("T")
+
+
+def load(path: str | os.PathLike[str], *, threads: int | None = None, check_hashes: bool = False) -> Model:
+    """Open the bundle in the folder `path` and load its model.
+
+    threads: to compute with; default, the physical cores. check_hashes: read every file again to compare it with the
+    manifest, even if this was done before and nothing has changed since. Raises UsageError when there is no such
+    folder or `threads` is out of range, LlamaExportError when the bundle is damaged or cannot run here.
+    """
+    started = time.perf_counter()
+    bundle = open_bundle(path)
+    require_python(bundle.manifest.minimum.get("python"))
+    check_files(bundle, force=check_hashes)
+    backend = _InThread(
+        lambda: OnnxRuntimeBackend(bundle, threads=threads)
+    )  # without Python's lock for most of its time
+    try:
+        tokenizer = Tokenizer.load(bundle.file("tokenizer.json"), bundle.manifest.tokens)
+    finally:
+        backend.wait()
+    return Model(bundle, backend.result(), tokenizer, load_seconds=time.perf_counter() - started)
+
+
+class Model:
+    """One bundle with its tokenizer and backend. Writes one text at a time, and in one thread at a time.
+
+    reuse, where a method has it: compute only what differs from the start of the text written before. The numbers,
+    and so rarely a token, differ slightly from those of a prompt computed anew, as ONNX Runtime rounds one row and
+    many differently.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, tokenizer: Tokenizer, *, load_seconds: float = 0.0) -> None:
+        self.bundle = bundle
+        self.backend = backend
+        self.tokenizer = tokenizer
+        self.load_seconds = load_seconds
+        self._cache = TokenCache(backend)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """How the model was trained to see a conversation; LlamaExportError when the bundle has no template."""
+        return load_chat_template(self.bundle)
+
+    def stream(
+        self, prompt: str | Sequence[int], options: GenerationOptions | None = None, *, reuse: bool = False
+    ) -> Stream:
+        """Continue `prompt`, a text or token ids, piece by piece.
+
+        Raises UsageError when the prompt is empty, longer than the context or has ids outside the vocabulary.
+        """
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        return self._stream(ids, options, reuse=reuse, continues=True)
+
+    def generate(
+        self, prompt: str | Sequence[int], options: GenerationOptions | None = None, *, reuse: bool = False
+    ) -> Result:
+        """Continue `prompt` to its end; see `stream`."""
+        return _finish(self.stream(prompt, options, reuse=reuse))
+
+    def stream_chat(
+        self, messages: Sequence[Message], options: GenerationOptions | None = None, *, reuse: bool = False
+    ) -> Stream:
+        """Answer a conversation, piece by piece.
+
+        Raises LlamaExportError when the bundle has no chat template or it refuses the messages, else as `stream`
+        does.
+        """
+        ids = self.tokenizer.encode(self.chat_template.render(messages), special=False)
+        return self._stream(ids, options, reuse=reuse, continues=False)
+
+    def chat(
+        self, messages: Sequence[Message], options: GenerationOptions | None = None, *, reuse: bool = False
+    ) -> Result:
+        """Answer a conversation; see `stream_chat`."""
+        return _finish(self.stream_chat(messages, options, reuse=reuse))
+
+    def conversation(self, system: str | None = None) -> Conversation:
+        """Begin a conversation that remembers its turns, each computing only what is new."""
+        return Conversation(self, system)
+
+    def _stream(self, ids: list[int], options: GenerationOptions | None, *, reuse: bool, continues: bool) -> Stream:
+        vocab = self.backend.vocab
+        if ids and not 0 <= min(ids) <= max(ids) < vocab:
+            raise UsageError(f"Token ids must be from 0 to {vocab - 1}; the prompt has others.")
+        return Stream(
+            self._cache,
+            self.tokenizer,
+            ids,
+            options or GenerationOptions(),
+            eos=self.bundle.manifest.tokens.eos,
+            reuse=reuse,
+            continues=continues,
+            load_seconds=self.load_seconds,
+        )
+
+
+def _finish(stream: Stream) -> Result:
+    for _ in stream:
+        pass
+    return stream.result
+
+
+class _InThread(Generic[T]):
+    """A call that runs beside the caller (`concurrent.futures` takes as long to import as it saves here)."""
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._call = call
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._value = self._call()
+        except BaseException as error:  # raised again where the result is asked for
+            self._error = error
+
+    def wait(self) -> None:
+        self._thread.join()
+
+    def result(self) -> T:
+        self.wait()
+        if self._error is not None:
+            raise self._error
+        value: T = self._value
+        return value
