@@ -112,21 +112,29 @@ def download_file(repo: str, name: str, options: HubOptions) -> Download:
 
 
 def _huggingface_hub() -> ModuleType:
-    """Import huggingface_hub with its telemetry off, also when somebody imported it before."""
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    import huggingface_hub  # noqa: PLC0415 - the variable above is read at import
+    """Import huggingface_hub with its telemetry off, also when somebody imported it before.
+
+    Xet, its other way to transfer files, asks storage servers that mirrors do not have, and that some firewalls cut
+    off; so it is used with the real hub only, unless HF_HUB_DISABLE_XET says otherwise, and gives up soon.
+    """
+    os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", HF_XET_TELEMETRY_ENABLED="false")
+    os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "2")  # its default takes minutes to fail
+    import huggingface_hub  # noqa: PLC0415 - the variables above are read at import
     import huggingface_hub.constants  # noqa: PLC0415
     import huggingface_hub.errors  # noqa: PLC0415
 
-    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
+    constants: ModuleType = huggingface_hub.constants
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    if "HF_HUB_DISABLE_XET" not in os.environ and constants.ENDPOINT != "https://huggingface.co":
+        constants.HF_HUB_DISABLE_XET = True
     return huggingface_hub
 
 
 def _retried(hub: ModuleType, fetch: Callable[[], str]) -> Path:
     """Call `fetch` again when a connection breaks; files that are complete stay in the cache and are not fetched twice.
 
-    huggingface_hub itself resumes a file after an early end or a timeout, but not after a reset of the connection. Its
-    other way of transfer, Xet, asks other servers, which mirrors and firewalls may cut off: then plain HTTP has to do.
+    huggingface_hub itself resumes a file after an early end or a timeout, but not after a reset of the connection. What
+    Xet cannot get, plain HTTP has to.
     """
     for pause in _PAUSES:
         try:

@@ -14,8 +14,8 @@ _NOT_FOUND = (
 
 _BY_CLASS = {
     "OfflineModeIsEnabled": (
-        "{repo} is not completely in the cache {cache} and HF_HUB_OFFLINE forbids to download it; unset HF_HUB_OFFLINE, "
-        "name another --cache-dir, or name a folder."
+        "{repo} is not completely in the cache {cache} and HF_HUB_OFFLINE forbids to download it; unset "
+        "HF_HUB_OFFLINE, name another --cache-dir, or name a folder."
     ),
     "RevisionNotFoundError": (
         "{repo} has no revision {revision!r}; --revision takes a branch, a tag or a full commit hash."
@@ -29,8 +29,8 @@ _BY_CLASS = {
         "{repo!r} is neither a folder, nor a GGUF file, nor an id on the hub, which looks like organisation/name."
     ),
     "ConnectError": (
-        "{endpoint} cannot be reached ({reason}) and {repo} is not completely in the cache; check the network, HF_ENDPOINT and "
-        "the proxy settings, or name a folder."
+        "{endpoint} cannot be reached ({reason}) and {repo} is not completely in the cache; check the network, "
+        "HF_ENDPOINT and the proxy settings, or name a folder."
     ),
     "TransportError": (
         "The connection to {endpoint} broke again and again while {repo} was downloaded ({reason}); run the command "
@@ -69,7 +69,7 @@ def is_broken_transfer(error: BaseException) -> bool:
 
 
 def is_xet(error: BaseException) -> bool:
-    """Whether the error is hf_xet's, the hub's other way to transfer files, which some networks and mirrors lack."""
+    """Whether the error comes from hf_xet, whose own exceptions are few and whose network errors are RuntimeErrors."""
     return isinstance(error, RuntimeError) or type(error).__module__.startswith("hf_xet")
 
 
