@@ -59,8 +59,8 @@ def model_config(file: GgufFile, rope_factors: Float32 | None) -> dict[str, Any]
     rope_factors: `rope_freqs.weight`, float32 [head_dim / 2], where the file has it.
     Raises LlamaExportError for missing, impossible or contradicting metadata.
     """
-    heads = _count(file, "llama.attention.head_count")
-    hidden = _count(file, "llama.embedding_length")
+    heads = count(file, "llama.attention.head_count")
+    hidden = count(file, "llama.embedding_length")
     head_dim = _head_dim(file, hidden // heads)
     if EMBEDDING not in file.tensors:
         raise _bad(file, f"has no tensor {EMBEDDING}")
@@ -69,12 +69,12 @@ def model_config(file: GgufFile, rope_factors: Float32 | None) -> dict[str, Any]
         "model_type": "llama",
         "hidden_act": "silu",
         "hidden_size": hidden,
-        "intermediate_size": _count(file, "llama.feed_forward_length"),
-        "num_hidden_layers": _count(file, "llama.block_count"),
+        "intermediate_size": count(file, "llama.feed_forward_length"),
+        "num_hidden_layers": count(file, "llama.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": _count(file, "llama.attention.head_count_kv", heads),
+        "num_key_value_heads": count(file, "llama.attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": _count(file, "llama.context_length"),
+        "max_position_embeddings": count(file, "llama.context_length"),
         "rms_norm_eps": _number(file, "llama.attention.layer_norm_rms_epsilon"),
         "rope_parameters": _rope_parameters(file, head_dim, rope_factors),
         "vocab_size": file.tensors[EMBEDDING].shape[0],
@@ -101,7 +101,7 @@ def token_id(file: GgufFile, role: str) -> int | None:
     index = file.metadata.get(key, defaults.get(role))
     if index is None:
         return None
-    rows = len(file.metadata.get("tokenizer.ggml.tokens", ())) or file.tensors[EMBEDDING].shape[0]
+    rows = len(_tokens(file)) or file.tensors[EMBEDDING].shape[0]
     if isinstance(index, int) and 0 <= index < rows:
         return int(index)
     if role == "padding":
@@ -114,7 +114,7 @@ def token_ids(file: GgufFile) -> dict[str, int | list[int] | None]:
 
     None stands for "there is none": transformers would take its own defaults for keys that are absent.
     """
-    tokens = file.metadata.get("tokenizer.ggml.tokens", ())
+    tokens = _tokens(file)
     by_name = (tokens.index(text) for text in _ENDS_OF_TURN if text in tokens)
     ends = (*(token_id(file, role) for role in ("eos", "eot", "eom")), *by_name)
     unique = list(dict.fromkeys(end for end in ends if end is not None))
@@ -123,6 +123,11 @@ def token_ids(file: GgufFile) -> dict[str, int | list[int] | None]:
         "eos_token_id": unique if len(unique) > 1 else next(iter(unique), None),
         "pad_token_id": token_id(file, "padding"),
     }
+
+
+def _tokens(file: GgufFile) -> tuple[Any, ...]:
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    return tokens if isinstance(tokens, tuple) else ()
 
 
 def generation_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,11 +140,11 @@ def _bad(file: GgufFile, why: str) -> LlamaExportError:
     return LlamaExportError(f"The GGUF file {file.path} {why}; it is damaged or was converted wrongly, fetch it again.")
 
 
-def _count(file: GgufFile, key: str, default: int | None = None) -> int:
+def count(file: GgufFile, key: str, default: int | None = None) -> int:
     """Return a whole number of the metadata; a list with one entry a layer counts when all its entries are equal."""
     value = file.metadata.get(key, default)
-    if isinstance(value, np.ndarray):
-        values = set(value.tolist())
+    if isinstance(value, tuple):
+        values = set(value)
         if len(values) != 1:
             raise LlamaExportError(
                 f"The GGUF file {file.path} cannot be exported: {key} differs between layers, which LlamaForCausalLM "
@@ -160,9 +165,9 @@ def _number(file: GgufFile, key: str, default: float | None = None) -> float:
 
 
 def _head_dim(file: GgufFile, default: int) -> int:
-    head_dim = _count(file, "llama.attention.key_length", default)
+    head_dim = count(file, "llama.attention.key_length", default)
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        found = _count(file, key, head_dim)
+        found = count(file, key, head_dim)
         if found != head_dim:
             raise LlamaExportError(
                 f"The GGUF file {file.path} cannot be exported: {key} is {found} where LlamaForCausalLM has the head "
@@ -212,7 +217,7 @@ def _rope_scaling(file: GgufFile) -> dict[str, Any]:
     parameters = {
         "rope_type": "yarn",
         "factor": factor,
-        "original_max_position_embeddings": _count(file, prefix + "original_context_length"),
+        "original_max_position_embeddings": count(file, prefix + "original_context_length"),
     }
     for theirs, ours in _YARN_OPTIONS.items():
         if prefix + theirs in file.metadata:

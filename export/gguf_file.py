@@ -20,7 +20,7 @@ from ..errors import LlamaExportError
 from ..optimize.tensors import UInt8
 
 SUPPORTED_TYPES = ("Q4_0", "Q4_1", "Q8_0", "F16", "BF16", "F32")
-MAX_HEADER = 1 << 26
+MAX_HEADER = 1 << 25
 """Bytes of metadata and tensor table that are read at most; Llama 3's vocabulary with its merges takes 8 MB."""
 
 _MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
@@ -64,7 +64,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A GGUF file's header. Strings are str, numbers int, float or bool; arrays are list[str] or numpy arrays."""
+    """A GGUF file's header. Strings are str, numbers int, float or bool, arrays tuples of one of these."""
 
     path: Path
     metadata: dict[str, Any]
@@ -228,10 +228,10 @@ class _Header:
             raise self._bad(f"{self.what} is an array of arrays, which no model of a supported architecture needs")
         if kind == GGUFValueType.STRING:
             self._check_room(count, 8, f"strings in {self.what}")
-            return self._strings(count)
+            return tuple(self._strings(count))
         dtype = np.dtype(_SCALARS[kind])
         self._check_room(count, dtype.itemsize, f"values in {self.what}")
-        return np.frombuffer(self._take(count * dtype.itemsize), dtype)
+        return tuple(np.frombuffer(self._take(count * dtype.itemsize), dtype).tolist())
 
     def _scalar(self, dtype: str) -> Any:
         """One number; its exact Python type is int, float or bool."""

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
-import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from ..errors import LlamaExportError, did_you_mean
-from .gguf_config import EMBEDDING, token_id
+from .gguf_config import EMBEDDING, count, token_id
 from .gguf_file import GgufFile
 
 _PREFIX = "tokenizer.ggml."
@@ -91,7 +90,7 @@ _PRE_TOKENIZERS = {
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """Tokens by id, each once; types: int [tokens], values of _Type."""
+    """Tokens by id, each once; types: values of _Type, one a token."""
 
     file: GgufFile
     tokens: Sequence[str]
@@ -137,26 +136,30 @@ def _bad(file: GgufFile, why: str) -> LlamaExportError:
 
 
 def _vocabulary(file: GgufFile) -> _Vocabulary:
-    tokens = _strings(file, "tokens")
     # llama.cpp's name for an empty token, which no vocabulary could hold twice.
-    tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
+    tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(_strings(file, "tokens"))]
     if len(set(tokens)) != len(tokens):
         raise _bad(file, "a token appears twice")
     rows = file.tensors[EMBEDDING].shape[0]
     if len(tokens) > rows:
         raise _bad(file, f"it has {len(tokens)} tokens, but {EMBEDDING} has only {rows} rows")
-    types = file.metadata.get(_PREFIX + "token_type")
-    if types is None:
-        types = np.full(len(tokens), _Type.NORMAL)
-    if not isinstance(types, np.ndarray) or len(types) != len(tokens):
-        raise _bad(file, f"{_PREFIX}token_type must have one number for each of the {len(tokens)} tokens")
-    return _Vocabulary(file, tokens, types.tolist())
+    types = (_Type.NORMAL,) * len(tokens)
+    if _PREFIX + "token_type" in file.metadata:
+        types = _numbers(file, "token_type", len(tokens))
+    return _Vocabulary(file, tokens, types)
 
 
-def _strings(file: GgufFile, name: str) -> list[str]:
+def _strings(file: GgufFile, name: str) -> tuple[str, ...]:
     value = file.metadata.get(_PREFIX + name)
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, tuple) or not value or not isinstance(value[0], str):
         raise _bad(file, f"{_PREFIX}{name} is not a list of strings")
+    return value
+
+
+def _numbers(file: GgufFile, name: str, tokens: int) -> tuple[Any, ...]:
+    value = file.metadata.get(_PREFIX + name)
+    if not isinstance(value, tuple) or len(value) != tokens or not isinstance(value[0], (int, float)):
+        raise _bad(file, f"{_PREFIX}{name} must have one number for each of the {tokens} tokens")
     return value
 
 
@@ -214,7 +217,7 @@ def _sentencepiece(vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
         byte_fallback=bool(vocabulary.of_type(_Type.BYTE)),
     )
     tokenizer = Tokenizer(model)
-    prefix = file.metadata.get(_PREFIX + "add_space_prefix", True)
+    prefix = _flag(file, "add_space_prefix", True)
     replace = normalizers.Replace(" ", _SPACE)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replace]) if prefix else replace
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
@@ -231,10 +234,7 @@ def _merges_from_scores(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
     split of a token into two tokens is a merge with that token's rank. Tokens of equal scores (some converters write
     the same for all) rank by id, the order in which training made them; runs of spaces, which it did not make, last.
     """
-    file = vocabulary.file
-    scores = file.metadata.get(_PREFIX + "scores")
-    if not isinstance(scores, np.ndarray) or len(scores) != len(vocabulary.tokens):
-        raise _bad(file, f"{_PREFIX}scores must have one number for each of the {len(vocabulary.tokens)} tokens")
+    scores = _numbers(vocabulary.file, "scores", len(vocabulary.tokens))
     normal = vocabulary.of_type(_Type.NORMAL)
     known = {vocabulary.tokens[index] for index in normal}
     order = sorted(normal, key=lambda index: (-scores[index], not vocabulary.tokens[index].strip(_SPACE), index))
@@ -297,11 +297,10 @@ def _special(vocabulary: _Vocabulary, role: str) -> str | None:
 
 
 def _tokenizer_config(vocabulary: _Vocabulary) -> dict[str, Any]:
-    metadata = vocabulary.file.metadata
     specials = {f"{name}_token": _special(vocabulary, role) for name, role in _ROLES.items()}
     return {
         **{name: token for name, token in specials.items() if token is not None},
         "clean_up_tokenization_spaces": False,
-        "model_max_length": metadata.get("llama.context_length"),
+        "model_max_length": count(vocabulary.file, "llama.context_length"),
         "tokenizer_class": "PreTrainedTokenizerFast",
     }

@@ -361,6 +361,9 @@ def _without(name: str) -> dict[str, Any]:
     ("options", "why"),
     [
         ({"metadata": {"general.architecture": "qwen2"}}, r"architecture 'qwen2'.*only 'llama'"),
+        ({"metadata": {"llama.block_count": [1, 2]}}, r"block_count differs between layers"),
+        ({"metadata": {"llama.rope.scaling.type": [1, 2]}}, r"rope scaling type is \(1, 2\)"),
+        ({"metadata": {"llama.expert_count": [4, 8]}}, "mixture of experts"),
         ({"metadata": {"llama.expert_count": 8}}, r"mixture of experts \(llama\.expert_count\)"),
         ({"metadata": {"llama.attention.sliding_window": 4096}}, "sliding window"),
         ({"metadata": {"llama.embedding_length": None}}, r"llama\.embedding_length is None"),
@@ -420,6 +423,26 @@ def test_what_is_wrong_is_said(tmp_path: Path, options: dict[str, Any], why: str
         open_gguf(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_damaged_metadata_never_raise_anything_else(tmp_path: Path, kind: str) -> None:
+    path = write_llama_gguf(tmp_path / "model.gguf", layers=1, vocab=330, tokenizer=kind, types="Q4_1")
+    content = path.read_bytes()
+    start = min(int(tensor.data_offset) for tensor in gguf.GGUFReader(path).tensors)
+    generator = random.Random(2)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        for _ in range(generator.choice([1, 1, 3])):
+            damaged[generator.randrange(start)] = generator.choice([*range(10), 0x7F, 0x80, 0xFF, 0x41])
+        path.write_bytes(damaged)
+        try:
+            for tensor in open_gguf(path).tensors.values():
+                tensor.read(0, 1)
+        except LlamaExportError:
+            refused += 1
+    assert 100 < refused < 300
 
 
 def test_name_of_a_tensor() -> None:

@@ -320,9 +320,11 @@ def test_transformers_loads_the_files(tmp_path: Path, kind: str) -> None:
     ("metadata", "why"),
     [
         ({"model": "bert"}, "kind 'bert', and only gpt2, llama"),
+        ({"model": [1, 2]}, r"kind \(1, 2\), and only gpt2, llama"),
         ({"model": None}, "kind None, and only gpt2, llama"),
         ({"pre": "llama-bp"}, r"pre-tokenizer 'llama-bp', and only .*smollm.* Did you mean 'llama-bpe'\?"),
         ({"pre": 3}, "pre-tokenizer 3, and only"),
+        ({"pre": ["gpt-2"]}, r"pre-tokenizer \('gpt-2',\), and only"),
         ({"tokens": None}, r"tokenizer\.ggml\.tokens is not a list"),
         ({"tokens": "abc"}, r"tokenizer\.ggml\.tokens is not a list"),
         ({"tokens": [1, 2]}, r"tokenizer\.ggml\.tokens is not a list"),
@@ -358,7 +360,7 @@ def test_vocabularies_that_cannot_be(tmp_path: Path, change: dict[str, Any], why
         tokenizer_files(file)
 
 
-@pytest.mark.parametrize("scores", [None, [0.0, 1.0], "x"])
+@pytest.mark.parametrize("scores", [None, [0.0, 1.0], "x", ["x"] * 400])
 def test_sentencepiece_needs_scores(tmp_path: Path, scores: object) -> None:
     metadata = {"tokenizer.ggml.scores": scores}
     with pytest.raises(LlamaExportError, match="scores must have one number for each"):
