@@ -2,7 +2,7 @@
 
 What counts is what ONNX Runtime takes, since it is what runs a bundle today. On the CPU, GroupQueryAttention of version
 1.23 holds attention scores [batch, heads, chunk, context] in float32, which for long contexts is more than the cache
-itself (measured: 17 kB a token on SmolLM2 beside 46 kB of cache). Version 1.32 no longer does, and CUDA never did, but a
+itself (measured: 17 kB a token on SmolLM2 beside 46 kB of cache). Version 1.32 no longer does, CUDA never did, but a
 bundle must fit with any version that its manifest allows.
 """
 
