@@ -21,7 +21,6 @@ _MOST = 2**31 - 1
 _DTYPES = {"F16": "float16", "BF16": "bfloat16"}
 _UNSUPPORTED = {
     "llama.expert_count": "it is a mixture of experts",
-    "llama.rope.scaling.yarn_log_multiplier": "its YaRN variant is not the one of Llama models",
     "llama.attention.sliding_window": "its attention has a sliding window",
 }
 """Keys that, when they are there and not 0, make another network of the same tensors."""
@@ -30,7 +29,10 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positi
 _LLAMA3_FACTORS = (8.0, 32.0)
 """What Meta chose for Llama 3.1 (8) and for 3.2 1B and 3B (32)."""
 
-_YARN_OPTIONS = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
+_SCALING = "llama.rope.scaling."
+_YARN_BETAS = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
+_YARN_KEYS = ("type", "factor", "original_context_length", "finetuned", "attn_factor", *_YARN_BETAS)
+
 _SENTENCEPIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
 """What llama.cpp assumes for sentencepiece vocabularies whose metadata do not say."""
 
@@ -201,9 +203,8 @@ def _rope_parameters(file: GgufFile, head_dim: int, factors: Float32 | None) -> 
 
 def _rope_scaling(file: GgufFile) -> dict[str, Any]:
     """Return the rope type and its parameters, from llama.rope.scaling.* (ggml's docs/gguf.md)."""
-    prefix = "llama.rope.scaling."
     legacy = "llama.rope.scale_linear"
-    kind = file.metadata.get(prefix + "type", "linear" if legacy in file.metadata else "none")
+    kind = file.metadata.get(_SCALING + "type", "linear" if legacy in file.metadata else "none")
     if kind == "none":
         return {"rope_type": "default"}
     if kind not in ("linear", "yarn"):
@@ -211,18 +212,27 @@ def _rope_scaling(file: GgufFile) -> dict[str, Any]:
             f"The GGUF file {file.path} cannot be exported: its rope scaling type is {kind!r}, and only linear, yarn "
             "and llama3 are supported; choose another model."
         )
-    factor = _number(file, prefix + "factor" if prefix + "factor" in file.metadata else legacy)
+    factor = _number(file, legacy if legacy in file.metadata else _SCALING + "factor")
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
-    parameters = {
-        "rope_type": "yarn",
-        "factor": factor,
-        "original_max_position_embeddings": count(file, prefix + "original_context_length"),
+    return {"rope_type": "yarn", "factor": factor, **_yarn_parameters(file, factor)}
+
+
+def _yarn_parameters(file: GgufFile, factor: float) -> dict[str, Any]:
+    for key in file.metadata:
+        if key.startswith(_SCALING) and key.removeprefix(_SCALING) not in _YARN_KEYS:
+            raise LlamaExportError(
+                f"The GGUF file {file.path} cannot be exported: transformers has nothing like its {key}; choose "
+                "another model."
+            )
+    context = count(file, "llama.context_length")
+    parameters: dict[str, Any] = {
+        "original_max_position_embeddings": count(file, _SCALING + "original_context_length", context)
     }
-    for theirs, ours in _YARN_OPTIONS.items():
-        if prefix + theirs in file.metadata:
-            parameters[ours] = _number(file, prefix + theirs)
-    attention = _number(file, prefix + "attn_factor", 1.0)
+    for theirs, ours in _YARN_BETAS.items():
+        if _SCALING + theirs in file.metadata:
+            parameters[ours] = _number(file, _SCALING + theirs)
+    attention = _number(file, _SCALING + "attn_factor", 1.0)
     if attention != 1.0:
         # llama.cpp multiplies its own 1 + 0.1 ln(factor) by it; transformers takes the product.
         parameters["attention_factor"] = attention * (0.1 * math.log(max(factor, 1.0)) + 1.0)

@@ -49,20 +49,20 @@ def open_gguf(path: Path) -> Source:
     file = read_gguf(path)
     check_architecture(file)
     config = model_config(file, _rope_factors(file))
-    metadata = file.metadata
+    tensors = _tensors(file, config)
     files: dict[str, Path | bytes] = {
         "config.json": _json(config),
         "generation_config.json": _json(generation_config(config)),
         **tokenizer_files(file),
     }
     return Source(
-        model_id=_text(metadata.get("general.name")) or path.stem,
+        model_id=_text(file.metadata.get("general.name")) or path.stem,
         revision=None,
         kind="gguf",
         config=config,
-        tensors=_tensors(file, config),
+        tensors=tensors,
         files=files,
-        licence=_text(metadata.get("general.license")),
+        licence=_text(file.metadata.get("general.license")),
         native_precision="gguf",
     )
 

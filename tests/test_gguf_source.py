@@ -290,6 +290,10 @@ def test_end_of_turn_tokens_are_found_by_name(tmp_path: Path) -> None:
             {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 128},
         ),
         (
+            {"type": "yarn", "factor": 8.0, "finetuned": True},
+            {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256},
+        ),
+        (
             {"type": "yarn", "factor": 2.0, "original_context_length": 128, "yarn_beta_fast": 30.0, "attn_factor": 0.5},
             {
                 "rope_type": "yarn",
@@ -381,10 +385,16 @@ def _without(name: str) -> dict[str, Any]:
         ({"metadata": {"llama.rope.dimension_count": 8}}, r"rope\.dimension_count is 8.*head size 16"),
         ({"metadata": {"llama.attention.value_length": 32}}, r"value_length is 32.*head size 16"),
         ({"metadata": {"llama.rope.scaling.type": "longrope"}}, "rope scaling type is 'longrope'"),
-        ({"metadata": {"llama.rope.scaling.type": "linear"}}, "scale_linear is None"),
+        ({"metadata": {"llama.rope.scaling.type": "linear"}}, r"scaling\.factor is None"),
         (
-            {"metadata": {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}},
-            "original_context_length",
+            {
+                "metadata": {
+                    "llama.rope.scaling.type": "yarn",
+                    "llama.rope.scaling.factor": 2.0,
+                    "llama.rope.scaling.yarn_log_multiplier": 0.1,
+                }
+            },
+            r"nothing like its llama\.rope\.scaling\.yarn_log_multiplier",
         ),
         ({"tensors": {"rope_freqs.weight": np.linspace(1, 3, 8)}}, "not what Llama 3's formula gives"),
         ({"tensors": {"rope_freqs.weight": np.full(7, 8.0)}}, "not what Llama 3's formula gives"),
