@@ -31,6 +31,7 @@ _SETTINGS = (
 )
 _WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 _UNWANTED = ("*/*",)  # `*` matches `/` in these patterns: original/model.safetensors would come along
+_MODULES = ("huggingface_hub", "huggingface_hub.constants", "huggingface_hub.errors")
 _PAUSES = (1, 2, 4)
 """Seconds to wait before each further attempt."""
 
@@ -119,15 +120,11 @@ def _huggingface_hub() -> ModuleType:
     """
     os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", HF_XET_TELEMETRY_ENABLED="false")
     os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "2")  # its default takes minutes to fail
-    import huggingface_hub  # noqa: PLC0415 - the variables above are read at import
-    import huggingface_hub.constants  # noqa: PLC0415
-    import huggingface_hub.errors  # noqa: PLC0415
-
-    constants: ModuleType = huggingface_hub.constants
-    constants.HF_HUB_DISABLE_TELEMETRY = True
-    if "HF_HUB_DISABLE_XET" not in os.environ and constants.ENDPOINT != "https://huggingface.co":
-        constants.HF_HUB_DISABLE_XET = True
-    return huggingface_hub
+    hub, *_ = map(importlib.import_module, _MODULES)  # only now: they read the variables
+    hub.constants.HF_HUB_DISABLE_TELEMETRY = True
+    if "HF_HUB_DISABLE_XET" not in os.environ and hub.constants.ENDPOINT != "https://huggingface.co":
+        hub.constants.HF_HUB_DISABLE_XET = True
+    return hub
 
 
 def _retried(hub: ModuleType, fetch: Callable[[], str]) -> Path:
@@ -139,7 +136,7 @@ def _retried(hub: ModuleType, fetch: Callable[[], str]) -> Path:
     for pause in _PAUSES:
         try:
             return Path(fetch())
-        except Exception as error:  # noqa: PERF203 - each turn downloads for minutes
+        except Exception as error:  # noqa: PERF203 - a turn takes minutes
             if is_xet(error) and not hub.constants.HF_HUB_DISABLE_XET:
                 hub.constants.HF_HUB_DISABLE_XET = True
             elif not is_broken_transfer(error):
@@ -193,8 +190,7 @@ def _files(hub: ModuleType, repo: str, options: HubOptions, endings: tuple[str, 
 @contextlib.contextmanager
 def _progress_bars(wanted: bool | None) -> Iterator[None]:
     """Show huggingface_hub's bars on stderr or not; None: where stderr is a terminal."""
-    utils: ModuleType = importlib.import_module("huggingface_hub.utils")
-
+    utils = importlib.import_module("huggingface_hub.utils")
     if sys.stderr.isatty() if wanted is None else wanted:
         yield
         return
