@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class TokenIds:
     """bos: put before a text; eos: each of these ends one, the main one first; pad: None when there is none.
 
-    add_bos: whether transformers' tokenizer of this checkpoint puts bos before plain text.
+    add_bos: whether tokenizer.json puts bos before a text. It alone decides, as in transformers, which ignores the key
+    add_bos_token of tokenizer_config.json when there is a tokenizer.json.
     """
 
     bos: int | None
@@ -52,7 +53,7 @@ def token_ids(source: Source) -> TokenIds:
         bos=bos,
         eos=tuple(dict.fromkeys(eos)),
         pad=next((pad for pad in pads if type(pad) is int and 0 <= pad < vocab), None),
-        add_bos=_adds_bos(tokenizer, settings, bos),
+        add_bos=bos is not None and tokenizer.encode("a").ids[:1] == [bos],
     )
 
 
@@ -91,13 +92,3 @@ def _ids(files: Mapping[str, Mapping[str, Any]], key: str, vocab: int) -> list[i
                 )
         return ids
     return []
-
-
-def _adds_bos(tokenizer: Tokenizer, settings: Mapping[str, Any], bos: int | None) -> bool:
-    # An explicit setting makes transformers rebuild the post-processor; else that of tokenizer.json stands.
-    if bos is None:
-        return False
-    explicit = settings.get("add_bos_token")
-    if isinstance(explicit, bool):
-        return explicit
-    return tokenizer.encode("a").ids[:1] == [bos]
