@@ -82,14 +82,20 @@ def open_source(
     whether stderr is a terminal.
     Raises UsageError when the name cannot be used, LlamaExportError when the checkpoint cannot be.
     """
-    path = Path(model).expanduser()
-    if path.exists():
-        if revision is not None:
+    try:
+        path = Path(model).expanduser()
+        is_here = bool(model) and path.exists()
+        if is_here and revision is not None:
             raise UsageError(f"--revision {revision} is for models on the hub, but {model} is here; leave it out.")
-        source = _open_path(path)
-    elif _looks_like_path(model) and not _HUB_FILE.fullmatch(model):
-        raise UsageError(_no_such_path(path))
-    else:
+        source = _open_path(path) if is_here else None
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~user of somebody unknown
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise LlamaExportError(
+            f"{model[:200]} cannot be read: {reason}; name a folder, a GGUF file or a hub id."
+        ) from error
+    if source is None:
+        if _looks_like_path(model) and not _HUB_FILE.fullmatch(model):
+            raise UsageError(_no_such_path(path))
         source = _open_hub(model, HubOptions(revision, token, cache_dir, progress))
     check_config(source.config)
     source = replace(source, tensors=check_tensors(source.config, source.tensors))
@@ -130,5 +136,5 @@ def _no_such_path(path: Path) -> str:
     parent = path.parent
     if not parent.is_dir():
         return f"There is no {path}, since there is no folder {parent}; name a folder, a GGUF file or a hub id."
-    names = [entry.name for entry in sorted(parent.iterdir()) if entry.is_dir() or entry.suffix == ".gguf"]
+    names = [entry.name for entry in sorted(parent.glob("*")) if entry.is_dir() or entry.suffix == ".gguf"]
     return f"There is no {path}; name a folder, a GGUF file or a hub id." + did_you_mean(path.name, names)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from llama_export.errors import LlamaExportError, UsageError
 from llama_export.export.hub_errors import explain
+from llama_export.tests.support.gguf_models import write_llama_gguf
 from llama_export.tests.support.hf_models import write_llama_folder
 from llama_export.tests.support.hub_server import TOKEN, Cut, HubServer, Repo
 
@@ -318,11 +319,13 @@ def test_a_gguf_file_of_a_repository_that_is_not_there(hub: HubServer, client: C
     assert error.endswith("Did you mean 'tiny-Q4_0.gguf'?")
 
 
-def test_a_gguf_file_of_a_repository_is_opened(hub: HubServer, client: Client) -> None:
-    hub.repos["org/gguf"] = Repo({"tiny-Q4_0.gguf": b"no GGUF at all, but it was downloaded and looked at"})
-    error = client.open("org/gguf:tiny-Q4_0.gguf")["error"]
-    assert f"{COMMIT}/tiny-Q4_0.gguf" in error
-    assert "GGUF" in error
+def test_a_gguf_file_of_a_repository_is_opened(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    file = write_llama_gguf(tmp_path / "tiny.gguf", types="Q4_0")
+    hub.repos["org/gguf"] = Repo({"in/tiny-Q4_0.gguf": file.read_bytes()})
+    result = client.open("org/gguf:in/tiny-Q4_0.gguf")
+    assert (result["model_id"], result["kind"]) == ("org/gguf:in/tiny-Q4_0.gguf", "gguf")
+    assert result["revision"] == COMMIT
+    assert result["weights"] == client.open(str(file))["weights"]
 
 
 @pytest.mark.parametrize("name", ["org/gguf:../secret.gguf", "org/gguf:/secret.gguf"])

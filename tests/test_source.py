@@ -222,6 +222,14 @@ def test_names_that_lead_nowhere(folder: Path, monkeypatch: pytest.MonkeyPatch) 
             open_source(name)
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-that-name/x", ""])
+def test_names_that_no_system_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(LlamaExportError, match=r"a folder, .* GGUF file") as caught:
+        open_source(name)
+    assert len(str(caught.value)) < 400
+
+
 def test_a_revision_is_for_the_hub(folder: Path) -> None:
     with pytest.raises(UsageError, match=rf"--revision main is for models on the hub, but {re.escape(str(folder))} is"):
         open_source(str(folder), revision="main")
