@@ -54,11 +54,17 @@ def summary(described: dict[str, Any], verdict: dict[str, Any], answer: dict[str
         "",
         "Summary",
         f"  bundle  {described['path']}, {described['derived']['bytes'] / 1e6:.1f} MB",
-        *(f"  parity  {gate['name']}: {gate['measured']:.3g} (limit {gate['limit']:.3g})" for gate in gates),
+        *(f"  parity  {gate_text(gate)}" for gate in gates),
         f"  answer  {answer['text'].strip()}",
         f"  speed   {answer['decode_tokens_per_second']:.1f} tokens a second, first token after "
         f"{answer['first_token_seconds']:.2f} s, {answer['load_seconds']:.2f} s to load",
     ]
+
+
+def gate_text(gate: dict[str, Any]) -> str:
+    """One figure of the proof and its limit; null stands for a figure that is infinite."""
+    measured = "infinite" if gate["measured"] is None else f"{gate['measured']:.3g}"
+    return f"{gate['name']}: {measured} ({'at least' if gate['at_least'] else 'at most'} {gate['limit']:.3g})"
 
 
 if __name__ == "__main__":
