@@ -33,15 +33,14 @@ def lower_embedding(model: ir.Model, formats: Mapping[str, Format]) -> None:
 
 def _quantised(graph: ir.Graph, gather: ir.Node, format: Format) -> list[ir.Node]:
     weight, ids = gather.inputs
-    activation = gather.outputs[0].dtype
-    assert weight is not None and weight.shape is not None and activation is not None
+    assert weight is not None and weight.shape is not None and weight.dtype is not None
     rows, columns = (int(size) for size in weight.shape)  # type: ignore[arg-type]
     parts, name = parts_of(weight), "model.embed_tokens"
     shape = [rows, columns // format.block]
     codes = store(
         graph, f"{name}.codes", [rows, columns * format.bits // 8], ir.DataType.UINT8, Stored(parts, format, "codes")
     )
-    scales = store(graph, f"{name}.scales", shape, activation, Stored(parts, format, "scales"))
+    scales = store(graph, f"{name}.scales", shape, weight.dtype, Stored(parts, format, "scales"))
     rows_read = ir.node(
         "GatherBlockQuantized",
         [codes, ids, scales],
@@ -51,7 +50,7 @@ def _quantised(graph: ir.Graph, gather: ir.Node, format: Format) -> list[ir.Node
     )
     if not format.offsets:
         return [rows_read]
-    offsets = store(graph, f"{name}.offsets", shape, activation, Stored(parts, format, "offsets"))
+    offsets = store(graph, f"{name}.offsets", shape, weight.dtype, Stored(parts, format, "offsets"))
     return [rows_read, *_add_offsets(graph, name, rows_read.outputs[0], offsets, ids)]
 
 
@@ -72,12 +71,10 @@ def _add_offsets(
 def _dense(graph: ir.Graph, gather: ir.Node, format: Format) -> list[ir.Node]:
     """Gather first, cast the few rows after: casting the table would hold it a second time."""
     weight, ids = gather.inputs
-    assert weight is not None
-    values, casts = dense_weight(graph, weight, format, gather.outputs[0].dtype)
+    assert weight is not None and weight.dtype is not None
+    values, casts = dense_weight(graph, weight, format)
     stored = casts[0].inputs[0] if casts else values
     rows = ir.node("Gather", [stored, ids], {"axis": 0}, name="model.embed_tokens/Gather_rows")
     if not casts:
         return [rows]
-    activation = gather.outputs[0].dtype
-    assert activation is not None
-    return [rows, ir.node("Cast", [rows.outputs[0]], {"to": activation}, name="model.embed_tokens/Cast_rows")]
+    return [rows, ir.node("Cast", [rows.outputs[0]], {"to": weight.dtype}, name="model.embed_tokens/Cast_rows")]

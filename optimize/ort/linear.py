@@ -38,7 +38,7 @@ def lower_linears(model: ir.Model, formats: Mapping[str, Format], accuracy_level
 
 def _quantised(graph: ir.Graph, linear: Linear, format: Format, accuracy_level: int) -> tuple[ir.Value, list[ir.Node]]:
     name, parts = str(linear.matmul.name).removesuffix("/MatMul"), parts_of(linear.weight)
-    x, activation = linear.matmul.inputs[0], linear.matmul.outputs[0].dtype
+    x, activation = linear.matmul.inputs[0], linear.weight.dtype
     assert linear.weight.shape is not None and activation is not None and x is not None
     rows, columns = (int(size) for size in linear.weight.shape)  # type: ignore[arg-type]
     blocks = -(-columns // format.block)
@@ -80,8 +80,8 @@ def _offset_correction(graph: ir.Graph, name: str, x: ir.Value, offsets: ir.Valu
 
 
 def _dense(graph: ir.Graph, linear: Linear, format: Format) -> tuple[ir.Value, list[ir.Node]]:
-    name, activation = str(linear.matmul.name).removesuffix("/MatMul"), linear.matmul.outputs[0].dtype
-    weight, added = dense_weight(graph, linear.weight, format, activation)
+    name = str(linear.matmul.name).removesuffix("/MatMul")
+    weight, added = dense_weight(graph, linear.weight, format)
     product = ir.node(
         "FusedMatMul",
         [linear.matmul.inputs[0], weight],
@@ -92,19 +92,17 @@ def _dense(graph: ir.Graph, linear: Linear, format: Format) -> tuple[ir.Value, l
     return product.outputs[0], [*added, product]
 
 
-def dense_weight(
-    graph: ir.Graph, weight: ir.Value, format: Format, activation: ir.DataType | None
-) -> tuple[ir.Value, list[ir.Node]]:
-    """The weight stored in `format`, and the Cast that computing in another dtype needs (ONNX Runtime folds it when it
-    loads).
+def dense_weight(graph: ir.Graph, weight: ir.Value, format: Format) -> tuple[ir.Value, list[ir.Node]]:
+    """The weight stored in `format`, and the Cast to the dtype that it has in the canonical graph, which is that of the
+    activations (ONNX Runtime folds the Cast when it loads).
     """
-    assert weight.shape is not None
+    activation = weight.dtype
+    assert weight.shape is not None and activation is not None
     name, dtype = str(weight.name), _DENSE[format.name]
     shape = [int(size) for size in weight.shape]  # type: ignore[arg-type]
     values = store(graph, f"{name}.{format.name}", shape, dtype, Stored(parts_of(weight), format, "values"))
     if dtype == activation:
         return values, []
-    assert activation is not None
     cast = ir.node("Cast", [values], {"to": activation}, name=f"{name}/Cast")
     cast.outputs[0].name = cast.name
     return cast.outputs[0], [cast]

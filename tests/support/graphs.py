@@ -1,0 +1,157 @@
+"""Tiny Llamas in PyTorch, and their graphs run in ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import torch
+from llama_export.export.trace import rotary
+from llama_export.export.write import lay_out, refer, write_data
+from llama_export.optimize.formats import Format, plan_formats
+from llama_export.optimize.ort import OrtOptions, lower
+from llama_export.optimize.quantise import stored_values
+from llama_export.optimize.tensors import SourceTensor
+from llama_export.progress import Silent
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VARIANTS: Mapping[str, dict[str, Any]] = {
+    "grouped": {},
+    "multi-head": {"num_key_value_heads": 4},
+    "one-kv-head": {"num_key_value_heads": 1},
+    "own-head-dim": {"head_dim": 48},
+    "untied": {"tie_word_embeddings": False},
+    "biased": {"attention_bias": True, "mlp_bias": True},
+    "odd-sizes": {"vocab_size": 263, "intermediate_size": 77},
+    "linear-rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    "yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        }
+    },
+    "llama3-rope": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        }
+    },
+}
+
+
+def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """A random Llama in float32 whose norms and biases are not their initial ones and zeros."""
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "hidden_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 160,
+        "vocab_size": 259,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.1,
+        "rms_norm_eps": 1e-5,
+        "attn_implementation": "sdpa",
+    }
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.add_(0.2 * torch.randn_like(weight))
+            elif name.endswith("bias"):
+                weight.copy_(0.2 * torch.randn_like(weight))
+    return model
+
+
+def logits_of(model: LlamaForCausalLM, ids: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.from_numpy(ids)).logits.float().numpy()
+
+
+def source_tensors(model: LlamaForCausalLM, dtype: str = "F32") -> dict[str, SourceTensor]:
+    """The weights of `model` as a checkpoint has them; a tied head is absent."""
+    state = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+
+    def tensor(name: str, values: np.ndarray) -> SourceTensor:
+        return SourceTensor(name, values.shape, dtype, lambda start, stop: values[start:stop])
+
+    return {name: tensor(name, value.float().numpy()) for name, value in state.items()}
+
+
+def with_stored_weights(
+    model: LlamaForCausalLM, tensors: Mapping[str, SourceTensor], formats: Mapping[str, Format]
+) -> LlamaForCausalLM:
+    """The same model computing with the values that a bundle stores."""
+    twin = LlamaForCausalLM(model.config).eval()
+    state = {
+        name: torch.from_numpy(
+            np.ascontiguousarray(stored_values(tensor, formats[name], 0, tensor.shape[0], np.float32))
+        )
+        for name, tensor in tensors.items()
+    }
+    twin.load_state_dict(state, strict=False)
+    twin.tie_weights()
+    return twin
+
+
+def lowered(
+    canonical: ir.Model,
+    config: LlamaConfig,
+    tensors: Mapping[str, SourceTensor],
+    folder: Path,
+    *,
+    precision: str,
+    context: int = 64,
+    accuracy_level: int = 0,
+) -> dict[str, Format]:
+    """Lower to the `ort` dialect and write the files into `folder`; return the formats."""
+    formats = plan_formats(tensors, precision)
+    frequencies, scaling = rotary(config)
+    lower(canonical, OrtOptions(formats, frequencies.numpy(), scaling, context, accuracy_level))
+    layout = lay_out(canonical)
+    write_data(canonical, layout, tensors, folder, Silent(), threads=2)
+    refer(canonical, layout, folder)
+    return formats
+
+
+def session(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns of every copied cache and of logits_to_keep
+    options.intra_op_num_threads = 2
+    return onnxruntime.InferenceSession(str(path), options)
+
+
+def run_ort(model: onnxruntime.InferenceSession, ids: np.ndarray, cuts: Sequence[int]) -> np.ndarray:
+    """The logits of an `ort` graph over pieces of `ids` that end at `cuts`, the cache handed on."""
+    past = {
+        value.name: np.zeros((len(ids), value.shape[1], 0, value.shape[3]), np.float32)
+        for value in model.get_inputs()
+        if value.name.startswith("past_key_values")
+    }
+    parts, start = [], 0
+    for stop in cuts:
+        feeds = {
+            "input_ids": ids[:, start:stop],
+            "attention_mask": np.ones((len(ids), stop), np.int64),
+            "logits_to_keep": np.array([stop - start], np.int64),
+            **past,
+        }
+        logits, *presents = model.run(None, feeds)
+        past = dict(zip(past, presents, strict=True))
+        parts.append(logits)
+        start = stop
+    return np.concatenate(parts, axis=1)

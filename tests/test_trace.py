@@ -1,0 +1,182 @@
+"""The canonical graph: transformers' Llama, traced once, stamped to any depth, equal to PyTorch in ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from llama_export.export.canonical import canonical
+from llama_export.export.trace import trace
+from llama_export.optimize.fuse import fuse
+from llama_export.optimize.fuse.rms_norm import fuse_rms_norm
+from llama_export.optimize.fuse.rotary import fuse_rotary
+from llama_export.optimize.fuse.simplify import simplify
+from llama_export.optimize.fuse.static_reshape import fuse_static_reshape
+from llama_export.optimize.stamp import stamp
+from support.graphs import VARIANTS, llama, logits_of, session, source_tensors
+
+CONTEXT = 48
+
+
+def filled(graph: ir.Model, model: object, path: Path) -> Path:
+    """Save the graph with the weights of the PyTorch model."""
+    tensors = source_tensors(model)
+    for name, value in graph.graph.initializers.items():
+        if value.const_value is None:
+            value.const_value = ir.tensor(tensors[name].read(0, tensors[name].shape[0]), name=name)
+    ir.save(graph, path)
+    return path
+
+
+def run_canonical(path: Path, ids: np.ndarray, cuts: tuple[int, ...]) -> np.ndarray:
+    model = session(path)
+    cache = {
+        value.name: np.zeros((len(ids), *value.shape[1:]), np.float32)
+        for value in model.get_inputs()
+        if value.name.startswith("past")
+    }
+    parts, start = [], 0
+    for stop in cuts:
+        positions = np.broadcast_to(np.arange(start, stop), (len(ids), stop - start))
+        logits, *presents = model.run(None, {"input_ids": ids[:, start:stop], "position_ids": positions, **cache})
+        cache = dict(zip(cache, presents, strict=True))
+        parts.append(logits)
+        start = stop
+    return np.concatenate(parts, axis=1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_canonical_graph_equals_pytorch(variant: str, tmp_path: Path) -> None:
+    model = llama(**VARIANTS[variant])
+    path = filled(canonical(model.config, context=CONTEXT), model, tmp_path / "model.onnx")
+    onnx.checker.check_model(str(path), full_check=True)
+    ids = np.random.default_rng(1).integers(0, model.config.vocab_size, (2, 40))
+    expected = logits_of(model, ids)
+    assert expected.std() > 0.1  # a degenerate model would prove nothing
+    assert np.abs(run_canonical(path, ids, (40,)) - expected).max() < 1e-4
+    assert np.abs(run_canonical(path, ids, (25, 38, 39, 40)) - expected).max() < 1e-4
+
+
+def ops(graph: ir.Model) -> Counter[str]:
+    return Counter(node.op_type for node in graph.graph)
+
+
+def test_canonical_graph_is_made_of_standard_ops() -> None:
+    graph = canonical(llama(tie_word_embeddings=False).config, context=CONTEXT)
+    found = ops(graph)
+    assert graph.graph.opset_imports == {"": 24}
+    assert found["Attention"] == 3
+    assert found["TensorScatter"] == found["RotaryEmbedding"] == 6
+    assert found["RMSNormalization"] == 7
+    assert found["MatMul"] == 3 * 7 + 1
+    assert not {"Concat", "Shape", "Slice", "ReduceMean", "Pow", "Identity", "Constant"} & set(found)
+
+
+@pytest.mark.parametrize("variant", ["biased", "yarn"])
+def test_stamped_graph_is_the_whole_trace(variant: str) -> None:
+    config = llama(**VARIANTS[variant]).config
+    whole = trace(config, context=CONTEXT, layers=3)
+    fuse(whole)
+    stamped = canonical(config, context=CONTEXT)
+    assert ops(stamped) == ops(whole)
+    assert weight_names(stamped) == weight_names(whole)
+    assert [value.name for value in stamped.graph.inputs] == [value.name for value in whole.graph.inputs]
+    assert [value.name for value in stamped.graph.outputs] == [value.name for value in whole.graph.outputs]
+    assert neighbours(stamped) == neighbours(whole)
+
+
+def weight_names(graph: ir.Model) -> list[str]:
+    return sorted(name for name in graph.graph.initializers if name.startswith(("model.", "lm_head")))
+
+
+def neighbours(graph: ir.Model) -> list[tuple[object, ...]]:
+    """Each node as its operation, its attributes and, for each input, what it comes from, six producers deep."""
+
+    def seen(value: ir.Value | None, depth: int) -> object:
+        if value is None:
+            return None
+        node = value.producer()
+        if node is None:
+            constant = value.const_value
+            return value.name if constant is None or constant.size > 64 else constant.numpy().tolist()
+        if depth == 0:
+            return node.op_type
+        return (node.op_type, value.index(), tuple(seen(one, depth - 1) for one in node.inputs))
+
+    found = []
+    for node in graph.graph:
+        attributes = sorted((key, str(attribute.value)) for key, attribute in node.attributes.items())
+        found.append((node.op_type, str(attributes), str([seen(value, 6) for value in node.inputs])))
+    return sorted(found)
+
+
+def test_tracing_allocates_no_weights() -> None:
+    """A 70B layer would be 3.4 GB in float32; traced, it is a description."""
+    config = llama(hidden_size=128).config
+    config.hidden_size, config.intermediate_size, config.vocab_size = 8192, 28672, 128256
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 64, 8, 128
+    graph = canonical(config, context=CONTEXT)
+    assert list(graph.graph.initializers["model.layers.2.mlp.up_proj.weight"].shape) == [28672, 8192]
+    assert graph.graph.initializers["model.layers.2.mlp.up_proj.weight"].const_value is None
+
+
+def traced() -> ir.Model:
+    graph = trace(llama().config, context=CONTEXT)
+    simplify(graph)
+    return graph
+
+
+def test_simplify_leaves_no_constant_arithmetic() -> None:
+    graph = trace(llama().config, context=CONTEXT)
+    before = len(list(graph.graph))
+    simplify(graph)
+    assert len(list(graph.graph)) < before / 2
+    assert not {"Constant", "Identity", "CastLike", "Range"} & set(ops(graph))
+
+
+def test_static_reshape_removes_shape_arithmetic() -> None:
+    graph = traced()
+    assert ops(graph)["Shape"] > 0
+    fuse_static_reshape(graph)
+    assert ops(graph)["Shape"] == 0
+    targets = {tuple(node.inputs[1].const_value.numpy()) for node in graph.graph if node.op_type == "Reshape"}
+    assert targets == {(0, 0, -1, 32), (0, 0, -1)}
+
+
+def test_rms_norms_fuse_with_their_epsilon() -> None:
+    graph = traced()
+    fuse_rms_norm(graph)
+    norms = [node for node in graph.graph if node.op_type == "RMSNormalization"]
+    assert len(norms) == 3
+    assert {round(node.attributes["epsilon"].as_float(), 9) for node in norms} == {1e-5}
+    assert not {"Pow", "ReduceMean", "Sqrt"} & set(ops(graph))
+
+
+def test_rotary_fuses_queries_and_keys() -> None:
+    graph = traced()
+    fuse_rotary(graph)
+    found = ops(graph)
+    assert (found["RotaryEmbedding"], found["Cos"], found["Sin"]) == (2, 1, 1)
+    assert not {"Neg", "Slice"} & set(found)
+
+
+def test_rotary_leaves_unequal_halves_alone() -> None:
+    graph = traced()
+    halves = [value for value in graph.graph.initializers.values() if value.const_value is not None]
+    half = next(value for value in halves if value.const_value.size == 1 and value.const_value.numpy().item() == 16)
+    half.const_value = ir.tensor(np.array([12], np.int64), name=half.name)
+    fuse_rotary(graph)
+    assert ops(graph)["RotaryEmbedding"] == 0
+
+
+def test_stamp_needs_one_layer_to_be_a_noop() -> None:
+    graph = traced()
+    for run in (fuse_static_reshape, fuse_rms_norm, fuse_rotary, simplify):
+        run(graph)
+    before = ops(graph)
+    stamp(graph, 1)
+    assert ops(graph) == before
