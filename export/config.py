@@ -23,6 +23,7 @@ _RELATIVES = {"mllama": "Llama 3.2 Vision", "llama4": "Llama 4"}
 
 _MOST = 2**31 - 1
 _MOST_LAYERS = 1024
+_MOST_NUMBER = 1e30  # well inside of float32
 
 _ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -35,8 +36,20 @@ _ROPE_KEYS: dict[str, tuple[str, ...]] = {
 _BESIDE_ROPE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 """Keys that LlamaConfig takes from beside the rope object where the object lacks them."""
 
-_CODE_KEYS = re.compile("_.*|auto_map|.*_implementation")
-"""Keys by which a config.json could make transformers choose, or fetch, other code."""
+_PASSED = {
+    *(
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    ),
+    *("vocab_size", "max_position_embeddings", "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings", "tie_word_embeddings"),
+    *("attention_dropout", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"),
+}
+"""Keys that transformers gets to see: those of a Llama's mathematics, none by which a config.json chooses code."""
 
 _ROPE_LATER = {
     "dynamic": "its angles depend on the length of the text",
@@ -142,9 +155,9 @@ def llama_config(config: Mapping[str, Any]) -> transformers.LlamaConfig:
     from huggingface_hub.errors import StrictDataclassError  # noqa: PLC0415
 
     # A copy, because transformers writes defaults into the nested rope dictionary.
-    values = copy.deepcopy({key: value for key, value in config.items() if not _CODE_KEYS.fullmatch(key)})
+    values = copy.deepcopy({key: value for key, value in config.items() if key in _PASSED})
     try:
-        return transformers.LlamaConfig.from_dict(values)
+        return transformers.LlamaConfig(**values)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]
         raise LlamaExportError(f"transformers refuses config.json ({reason}); correct config.json.") from error
@@ -344,7 +357,7 @@ def _number(config: Mapping[str, Any], key: str, *, default: float | None = None
         raise LlamaExportError(
             f"config.json's rope parameters lack {key}, which their type needs; correct config.json."
         )
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least < value < _MOST_NUMBER:
         raise LlamaExportError(
             f"config.json says {key} is {value!r}, but a number above {least:g} is expected; correct config.json."
         )

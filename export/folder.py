@@ -128,7 +128,7 @@ def _files(path: Path) -> dict[str, Path | bytes]:
                 f"{file} has {file.stat().st_size} bytes, but {name} has at most {_MOST_TEXT}; check what it is."
             )
     if "chat_template.jinja" not in files and (template := _chat_template(path)) is not None:
-        files["chat_template.jinja"] = template.encode()
+        files["chat_template.jinja"] = template.encode(errors="replace")  # JSON allows half characters
     return files
 
 

@@ -73,7 +73,9 @@ def _special_id(tokenizer: Tokenizer, settings: Mapping[str, Any], key: str, voc
     token = settings.get(key)
     if isinstance(token, Mapping):  # a saved AddedToken
         token = token.get("content")
-    found = tokenizer.token_to_id(token) if isinstance(token, str) else None
+    if not isinstance(token, str) or token.encode(errors="ignore").decode() != token:  # JSON allows half characters
+        return None
+    found = tokenizer.token_to_id(token)
     return found if found is not None and found < vocab else None
 
 
