@@ -30,13 +30,17 @@ else:
 
 @dataclass(frozen=True)
 class Tool:
-    """One way to export: `command` with OUTPUT and SCRATCH in place of two folders, of `package` in `python`."""
+    """One way to export: `command` with OUTPUT and SCRATCH in place of two folders, of `package` in `python`.
+
+    note: what it does that the others do not.
+    """
 
     name: str
     precision: str
     python: str
     package: str
     command: tuple[str, ...]
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ class Run:
 def ours(checkpoint: Path, precision: str, *, reference: bool) -> Tool:
     command = ("-m", "llama_export", "build", "-m", str(checkpoint), "-t", "cpu", "-o", "OUTPUT")
     options = ("--precision", precision, *(() if reference else ("--no-reference",)))
-    name = "llama-export, with PyTorch's reference" if reference else "llama-export"
-    return Tool(name, precision, sys.executable, "llama-export", command + options)
+    note = ", with PyTorch's reference" if reference else ""
+    return Tool("llama-export", precision, sys.executable, "llama-export", command + options, note)
 
 
 def genai(checkpoint: Path, python: str) -> Tool:
@@ -120,6 +124,7 @@ def row(tool: Tool, runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "tool": tool.name,
         "version": report.version(tool.python, tool.package),
+        "note": tool.note,
         "precision": tool.precision,
         "seconds": statistics.median(run.measurement.seconds for run in runs),
         "peak_rss": statistics.median(run.measurement.peak_rss for run in runs),
@@ -135,7 +140,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         header,
         [
             [
-                f"{row['tool']} {row['version']}",
+                f"{row['tool']} {row['version']}{row['note']}",
                 row["precision"],
                 f"{row['seconds']:.1f}",
                 *(f"{row[key] / 1e6:,.0f}" for key in ("peak_rss", "peak_anon", "output_bytes")),
@@ -165,7 +170,7 @@ def main() -> int:
         runs: dict[Tool, list[Run]] = {tool: [] for tool in todo}
         for number in range(arguments.rounds):
             for tool in todo:
-                print(f"round {number + 1}: {tool.name}, {tool.precision}", file=sys.stderr)
+                print(f"round {number + 1}: {tool.name}, {tool.precision}{tool.note}", file=sys.stderr)
                 runs[tool].append(run(tool, arguments.work))
     except (OSError, ValueError, RuntimeError) as error:
         print(f"export.py: {error}", file=sys.stderr)

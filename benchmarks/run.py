@@ -7,7 +7,8 @@ Every engine runs in a process of its own with the same number of threads and th
 turns, and medians over the rounds are reported. onnxruntime-genai runs its own export (--genai-model) and our bundle.
 The time to the first token is that from starting the process to the first byte on its stdout, with a text for a prompt;
 of llama-export it is that of the command `llama-export run`. Memory bandwidth is measured in the same run
-(bandwidth.py): bytes of the weights times tokens a second, over it, is the share of what memory allows.
+(bandwidth.py): the bytes of weights that a token reads, times tokens a second, over it, is the share of what memory
+allows. A small model may stay in the processor's cache and pass 100 %.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from llama_export.runtime.onnx_file import external_initializers
 
 if TYPE_CHECKING or __package__:  # a script, and importable for its tests
     from . import report
@@ -49,7 +52,6 @@ class Side:
     package: str
     worker: str
     model: Path
-    weights: Path
     start: tuple[str, ...] = ()
 
 
@@ -60,23 +62,18 @@ def sides(arguments: argparse.Namespace) -> list[Side]:
     """
     bundle = arguments.bundle.resolve()
     command = ("-m", "llama_export", "run", "MODEL", "TEXT", "--max-new-tokens", "1", "--threads", "THREADS")
-    data = "model.onnx.data"
-    result = [Side("llama-export", sys.executable, "llama-export", "ours.py", bundle, bundle / data, command)]
+    result = [Side("llama-export", sys.executable, "llama-export", "ours.py", bundle, command)]
     if arguments.genai:
         peer = (arguments.genai, "onnxruntime-genai", "genai.py")
         if arguments.genai_model:
-            model = arguments.genai_model.resolve()
-            result.append(Side("onnxruntime-genai, its own export", *peer, model, model / data))
-        result.append(Side("onnxruntime-genai, our bundle", *peer, bundle, bundle / data))
+            result.append(Side("onnxruntime-genai, its own export", *peer, arguments.genai_model.resolve()))
+        result.append(Side("onnxruntime-genai, our bundle", *peer, bundle))
     if arguments.llamacpp:
         file = needed(arguments.gguf, "--llamacpp needs --gguf FILE").resolve()
-        result.append(Side("llama.cpp", arguments.llamacpp, "llama-cpp-python", "llamacpp.py", file, file))
+        result.append(Side("llama.cpp", arguments.llamacpp, "llama-cpp-python", "llamacpp.py", file))
     if arguments.transformers:
         folder = needed(arguments.checkpoint, "--transformers needs --checkpoint FOLDER").resolve()
-        weights = folder / "model.safetensors"
-        result.append(
-            Side("transformers", arguments.transformers, "transformers", "torch_transformers.py", folder, weights)
-        )
+        result.append(Side("transformers", arguments.transformers, "transformers", "torch_transformers.py", folder))
     return result
 
 
@@ -138,17 +135,36 @@ def prompt_ids(count: int, vocab: int) -> list[int]:
     return [100 + (7919 * position) % (vocab // 2 - 100) for position in range(count)]
 
 
-def row(side: Side, speeds: Sequence[dict[str, Any]], starts: Sequence[float], bandwidth: float) -> dict[str, Any]:
-    """The medians of one side, with every round beside them."""
+def bytes_per_token(model: Path, *, tied: bool) -> int:
+    """Bytes of the weights that one token reads, from the model's file or folder.
+
+    Of an ONNX model the rotary tables do not count, nor an embedding that is not the head too (`tied`): a token reads
+    one row of either.
+    """
+    graph, data = model / "model.onnx", model / "model.onnx.data"
+    if model.is_file():
+        return model.stat().st_size
+    if not graph.is_file():
+        return sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    beside = ("cos_cache", "sin_cache") if tied else ("cos_cache", "sin_cache", "embed_tokens")
+    stored = external_initializers(graph.read_bytes(), data.stat().st_size).values()
+    # by offset, since a tied embedding and head are two names for the same bytes
+    read = {tensor.offset: tensor.size for tensor in stored if not any(word in tensor.name for word in beside)}
+    return sum(read.values())
+
+
+def row(
+    side: Side, speeds: Sequence[dict[str, Any]], starts: Sequence[float], size: int, bandwidth: float
+) -> dict[str, Any]:
+    """The medians of one side, with every round beside them; `size`: bytes that a token reads."""
     names = ("load_seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "peak_rss")
     medians = {name: statistics.median(speed[name] for speed in speeds) for name in names}
-    size = side.weights.stat().st_size
     return {
         "engine": side.name,
         "version": report.version(side.python, side.package),
         **medians,
         "start_to_first_token_seconds": statistics.median(starts),
-        "weight_bytes": size,
+        "bytes_per_token": size,
         "bandwidth_share": size * medians["decode_tokens_per_second"] / bandwidth,
         "rounds": [{name: speed[name] for name in names} for speed in speeds],
         "starts": list(starts),
@@ -198,6 +214,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
                 print(f"round {number + 1}: {side.name}", file=sys.stderr)
                 speeds[side].append(speed(side, arguments.threads, prompt, arguments.new_tokens))
                 starts[side].append(seconds_to_first_token(side, arguments.threads))
+    tied = bool(config.get("tie_word_embeddings", False))
     bandwidth = max(before, read_bandwidth(arguments.threads))
     return {
         "machine": report.machine(),
@@ -205,7 +222,9 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "prompt_tokens": arguments.prompt_tokens,
         "new_tokens": arguments.new_tokens,
         "read_bandwidth": bandwidth,
-        "engines": [row(side, speeds[side], starts[side], bandwidth) for side in todo],
+        "engines": [
+            row(side, speeds[side], starts[side], bytes_per_token(side.model, tied=tied), bandwidth) for side in todo
+        ],
     }
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import gguf
 import numpy as np
+import onnx
 import pytest
 from llama_export.benchmarks import export, gguf_export, report, run
 from llama_export.benchmarks.checkpoints import SHAPES, Shape, byte_tokenizer, config, tensors, write_checkpoint
@@ -168,3 +169,25 @@ def test_prompt_ids_lie_in_the_vocabulary_and_stay_the_same() -> None:
     assert ids == run.prompt_ids(1000, 49152)
     assert len(set(ids)) == 1000
     assert 0 <= min(ids) <= max(ids) < 49152
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bytes_per_token_leave_out_what_is_looked_up(tmp_path: Path, tied: bool) -> None:
+    names = {"a.MatMul.weight": 100, "cos_cache": 7, "model.embed_tokens.weight": 30}
+    graph = onnx.helper.make_graph([], "g", [], [])
+    data = b""
+    for name, size in names.items():
+        tensor = graph.initializer.add(name=name, dims=[size], data_type=onnx.TensorProto.UINT8, data_location=1)
+        location = {"location": "model.onnx.data", "offset": len(data), "length": size}
+        tensor.external_data.extend(onnx.StringStringEntryProto(key=k, value=str(v)) for k, v in location.items())
+        data += bytes(size)
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
+    (tmp_path / "model.onnx.data").write_bytes(data)
+    assert run.bytes_per_token(tmp_path, tied=tied) == (130 if tied else 100)
+
+
+def test_bytes_per_token_of_other_formats_are_their_files(tmp_path: Path) -> None:
+    for name, size in (("model-1.safetensors", 11), ("model-2.safetensors", 13), ("config.json", 5)):
+        (tmp_path / name).write_bytes(bytes(size))
+    assert run.bytes_per_token(tmp_path, tied=True) == 24
+    assert run.bytes_per_token(tmp_path / "model-1.safetensors", tied=True) == 11
