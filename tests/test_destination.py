@@ -316,19 +316,20 @@ CHILD = """
     if sys.argv[2] == "aside":
         destination._exchange = lambda *_: False
     print("ready", flush=True)
-    for version in itertools.count(1):
+    for version in itertools.count(int(sys.argv[3])):
         with staged(Path(sys.argv[1]), force=True) as folder:
             write_bundle(folder, version)
             if sys.argv[2] == "hang":
                 print("hanging", flush=True)
                 sys.stdin.read()
+        print(version, flush=True)
 """
 
 
-def start_child(place: Path, mode: str) -> subprocess.Popen[str]:
-    """A process that builds version after version to `place`; it is busy when this returns."""
+def start_child(place: Path, mode: str, first: int = 1) -> subprocess.Popen[str]:
+    """A process that builds version after version to `place` and tells each; it is busy when this returns."""
     code = textwrap.dedent(CHILD).format(tests=str(Path(__file__).parent))
-    command = [sys.executable, "-c", code, str(place), mode]
+    command = [sys.executable, "-c", code, str(place), mode, str(first)]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
@@ -345,20 +346,22 @@ def end_child(child: subprocess.Popen[str], number: int) -> int:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_kill_at_random_moments(tmp_path: Path, mode: str) -> None:
-    place, dice = tmp_path / "out", random.Random(7)
+    place, dice, told = tmp_path / "out", random.Random(7), 0
     build(place, 0)
-    seen, missing = set(), 0
     for _ in range(12):
-        child = start_child(place, mode)
-        time.sleep(dice.uniform(0, 0.06))
+        child = start_child(place, mode, told + 1)
+        assert child.stdout is not None
+        for _ in range(dice.randrange(3)):
+            told = int(child.stdout.readline())
+        time.sleep(dice.uniform(0, 0.02))
         assert end_child(child, signal.SIGKILL) == -signal.SIGKILL
         if mode == "aside" and not place.exists():
-            # Between the two renames: the next build brings the old bundle back before anything else.
-            missing += 1
+            # Killed between the two renames: the next build brings the old bundle back before anything else.
             with pytest.raises(UsageError, match="holds a bundle already"):
                 build(place, 0)
-        seen.add(version_of(place))
-    assert len(seen) > 1, "no child was killed after a build of its own"
+        assert version_of(place) >= told
+        told = version_of(place)
+    assert told > 0
     build(place, 10**6, force=True)
     assert version_of(place) == 10**6
     assert list(tmp_path.iterdir()) == [place]
