@@ -30,12 +30,14 @@ class GenerationOptions:
 
     max_new_tokens: int = 256
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens must be 1 or more, not {self.max_new_tokens}.")
+        if isinstance(self.stop, str):  # would be taken for one-letter texts
+            raise UsageError(f"stop must be several texts, such as ({self.stop!r},), not one.")
         if len(self.stop) > _MAX_STOPS or not all(0 < len(stop) <= _MAX_STOP_LENGTH for stop in self.stop):
             raise UsageError(
                 f"stop must be at most {_MAX_STOPS} texts of 1 to {_MAX_STOP_LENGTH} characters; leave out empty ones."

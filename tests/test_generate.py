@@ -155,7 +155,7 @@ def test_prompts_that_cannot_be() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_new_tokens": 0}, {"stop": ("",)}, {"stop": ("x",) * 65}, {"stop": ("x" * 1025,)}]
+    "options", [{"max_new_tokens": 0}, {"stop": "ab"}, {"stop": ("",)}, {"stop": ("x",) * 65}, {"stop": ("x" * 1025,)}]
 )
 def test_options_out_of_range(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
