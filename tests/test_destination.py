@@ -309,12 +309,19 @@ def test_a_mount_point_is_refused(tiny_disk: Path) -> None:
 
 
 CHILD = """
-    import itertools, sys
+    import itertools, os, signal, sys
     from pathlib import Path
     sys.path.insert(0, {tests!r})
     from test_destination import destination, staged, write_bundle
-    if sys.argv[2] == "aside":
+    exchange, rename = destination._exchange, Path.rename
+    if sys.argv[2] in ("aside", "killed between"):
         destination._exchange = lambda *_: False
+    if sys.argv[2] == "killed between":
+        Path.rename = lambda path, to: die() if path.name == "bundle" else rename(path, to)
+    if sys.argv[2] == "killed after":
+        destination._exchange = lambda *paths: exchange(*paths) and die()
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
     print("ready", flush=True)
     for version in itertools.count(int(sys.argv[3])):
         with staged(Path(sys.argv[1]), force=True) as folder:
@@ -364,6 +371,23 @@ def test_kill_at_random_moments(tmp_path: Path, mode: str) -> None:
     assert told > 0
     build(place, 10**6, force=True)
     assert version_of(place) == 10**6
+    assert list(tmp_path.iterdir()) == [place]
+
+
+@pytest.mark.parametrize(("mode", "now", "later"), [("killed between", None, 0), ("killed after", 7, 7)])
+def test_kill_at_the_worst_moments(tmp_path: Path, mode: str, now: int | None, later: int) -> None:
+    place = tmp_path / "out"
+    build(place, 0)
+    child = start_child(place, mode, 7)
+    assert child.wait(timeout=20) == -signal.SIGKILL
+    end_child(child, signal.SIGKILL)
+    assert (version_of(place) if place.exists() else None) == now
+    assert len(list(tmp_path.glob(".out.partial-*"))) == 1
+    with pytest.raises(UsageError, match="holds a bundle already"):
+        build(place, 9)
+    assert version_of(place) == later
+    build(place, 9, force=True)
+    assert version_of(place) == 9
     assert list(tmp_path.iterdir()) == [place]
 
 
