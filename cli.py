@@ -151,4 +151,4 @@ def run(
 
     options = GenerationOptions(max_new_tokens, SamplingOptions(**sampling), stop)
     request = terminal.RunRequest(prompt, chat, system, options, as_json=as_json, quiet=quiet)
-    terminal.run(load(bundle, threads=threads, check_hashes=check_hashes), request)
+    terminal.run(load(bundle, threads=threads, check_hashes=check_hashes, chat=chat), request)

@@ -6,7 +6,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 from ..errors import UsageError
@@ -22,12 +21,16 @@ from .text import Tokenizer
 T = TypeVar("T")
 
 
-def load(path: str | os.PathLike[str], *, threads: int | None = None, check_hashes: bool = False) -> Model:
+def load(
+    path: str | os.PathLike[str], *, threads: int | None = None, check_hashes: bool = False, chat: bool = False
+) -> Model:
     """Open the bundle in the folder `path` and load its model.
 
     threads: to compute with; default, the physical cores. check_hashes: read every file again to compare it with the
-    manifest, even if this was done before and nothing has changed since. Raises UsageError when there is no such
-    folder or `threads` is out of range, LlamaExportError when the bundle is damaged or cannot run here.
+    manifest, even if this was done before and nothing has changed since. chat: load the chat template as well, while
+    the model loads; otherwise its first use does. Raises UsageError when there is no such folder or `threads` is out
+    of range, LlamaExportError when the bundle is damaged, cannot run here, or lacks the template that `chat` asks
+    for.
     """
     started = time.perf_counter()
     bundle = open_bundle(path)
@@ -38,9 +41,12 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None, check_hash
     )  # without Python's lock for most of its time
     try:
         tokenizer = Tokenizer.load(bundle.file("tokenizer.json"), bundle.manifest.tokens)
+        template = load_chat_template(bundle) if chat else None
     finally:
         backend.wait()
-    return Model(bundle, backend.result(), tokenizer, load_seconds=time.perf_counter() - started)
+    return Model(
+        bundle, backend.result(), tokenizer, chat_template=template, load_seconds=time.perf_counter() - started
+    )
 
 
 class Model:
@@ -51,17 +57,29 @@ class Model:
     many differently.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, tokenizer: Tokenizer, *, load_seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        *,
+        chat_template: ChatTemplate | None = None,
+        load_seconds: float = 0.0,
+    ) -> None:
+        """chat_template: the bundle's, if it is loaded already."""
         self.bundle = bundle
         self.backend = backend
         self.tokenizer = tokenizer
         self.load_seconds = load_seconds
+        self._chat_template = chat_template
         self._cache = TokenCache(backend)
 
-    @cached_property
+    @property
     def chat_template(self) -> ChatTemplate:
         """How the model was trained to see a conversation; LlamaExportError when the bundle has no template."""
-        return load_chat_template(self.bundle)
+        if self._chat_template is None:
+            self._chat_template = load_chat_template(self.bundle)
+        return self._chat_template
 
     def stream(
         self, prompt: str | Sequence[int], options: GenerationOptions | None = None, *, reuse: bool = False

@@ -67,7 +67,6 @@ def run(model: Model, request: RunRequest) -> None:
 def _converse(model: Model, request: RunRequest) -> None:
     """Answer line after line of stdin until it ends; an error ends only its own turn."""
     conversation = model.conversation(request.system)
-    _ = model.chat_template  # without one there is nothing to begin
     for line in _lines():
         if line in COMMANDS or (line.startswith("/") and line[1:].isalpha()):
             if line == "/exit":
