@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from ..errors import UsageError
-from .backend import Backend, OnnxRuntimeBackend
+from .backend import Backend, OnnxRuntimeBackend, import_onnxruntime
 from .bundle import Bundle, open_bundle
 from .chat import ChatTemplate, Message, load_chat_template
 from .conversation import Conversation
@@ -36,9 +36,8 @@ def load(
     bundle = open_bundle(path)
     require_python(bundle.manifest.minimum.get("python"))
     check_files(bundle, force=check_hashes)
-    backend = _InThread(
-        lambda: OnnxRuntimeBackend(bundle, threads=threads)
-    )  # without Python's lock for most of its time
+    import_onnxruntime(bundle.manifest)  # before the thread: there it waits for Python's lock while a tokenizer is read
+    backend = _InThread(lambda: OnnxRuntimeBackend(bundle, threads=threads))
     try:
         tokenizer = Tokenizer.load(bundle.file("tokenizer.json"), bundle.manifest.tokens)
         template = load_chat_template(bundle) if chat else None
