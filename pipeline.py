@@ -189,10 +189,12 @@ def _write_model(plan: _Plan, folder: Path, clock: _Clock, progress: Progress) -
 
 def _write_companions(plan: _Plan, folder: Path) -> None:
     """Config, tokenizer, template and licence as the checkpoint has them, and what onnxruntime-genai reads."""
+    from .optimize.ort.odd_heads import cache_head_dim  # noqa: PLC0415
+
     for name in plan.source.files:
         (folder / name).write_bytes(plan.source.content(name))
     genai = genai_config(
-        plan.shape,
+        replace(plan.shape, head_dim=cache_head_dim(plan.shape.head_dim)),  # it allocates the cache
         context=plan.context.context,
         bos_token_id=plan.tokens.bos,
         eos_token_ids=plan.tokens.eos,
@@ -205,6 +207,7 @@ def _write_companions(plan: _Plan, folder: Path) -> None:
 
 def _manifest(plan: _Plan) -> Manifest:
     from .optimize.ort import MINIMUM_ONNXRUNTIME  # noqa: PLC0415
+    from .optimize.ort.odd_heads import cache_head_dim  # noqa: PLC0415
 
     shape, source = plan.shape, plan.source
     return Manifest(
@@ -217,7 +220,7 @@ def _manifest(plan: _Plan) -> Manifest:
             hidden=shape.hidden,
             heads=shape.heads,
             kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
+            head_dim=cache_head_dim(shape.head_dim),
             ffn=shape.ffn,
             vocab=shape.vocab,
             cache_dtype=plan.made.activations,

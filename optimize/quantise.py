@@ -20,10 +20,19 @@ def quantise(rows: Float32, bits: int) -> Blocks:
     [-2^(bits-1), 2^(bits-1)) and loses less than scaling to the positive end (the choice of GGUF's Q4_0 and of ONNX
     Runtime's symmetric quantiser). A block of zeros has scale 0 and the codes of zero.
     """
-    n, columns = rows.shape
-    zero = 2 ** (bits - 1)
-    padded = np.pad(rows, ((0, 0), (0, -columns % BLOCK))) if columns % BLOCK else rows
-    blocks = padded.reshape(n, -1, BLOCK)
+    # NaN and infinity make scales that are not finite, which the writer looks for; no warning is needed on the way.
+    with np.errstate(invalid="ignore", over="ignore"):
+        return _rounded(_padded(rows), bits)
+
+
+def _padded(rows: Float32) -> Float32:
+    columns = rows.shape[1]
+    return np.pad(rows, ((0, 0), (0, -columns % BLOCK))) if columns % BLOCK else rows
+
+
+def _rounded(rows: Float32, bits: int) -> Blocks:
+    n, zero = rows.shape[0], 2 ** (bits - 1)
+    blocks = rows.reshape(n, -1, BLOCK)
     largest, smallest = blocks.max(axis=-1), blocks.min(axis=-1)
     scales = np.where(largest > -smallest, largest, smallest) / np.float32(-zero)
     inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from ..graph import MICROSOFT, add_initializer, nodes_of, producer
+from .odd_heads import cache_head_dim, positions_of, resized, rotated, takes_head
 
 
 def lower_attention(model: ir.Model, frequencies: npt.NDArray[np.float32], scaling: float, context: int) -> None:
@@ -27,8 +28,12 @@ def lower_attention(model: ir.Model, frequencies: npt.NDArray[np.float32], scali
         add_initializer(graph, name, (function(angles) * np.float32(scaling)).astype(dtype.numpy()))
         for name, function in (("cos_cache", np.cos), ("sin_cache", np.sin))
     ]
+    positions = None
+    if not takes_head(2 * len(frequencies)):
+        positions, added = positions_of(graph)
+        graph.insert_before(graph[0], added)
     for node in nodes_of(model, "Attention"):
-        _lower(node, [lengths, total, *tables])
+        _lower(node, [lengths, total], tables, positions)
     common.RemoveUnusedNodesPass()(model)
     graph.inputs.remove(next(value for value in graph.inputs if value.name == "position_ids"))
 
@@ -54,7 +59,8 @@ def _lengths(model: ir.Model) -> tuple[ir.Value, ir.Value]:
     return last_int.outputs[0], total_int.outputs[0]
 
 
-def _lower(attention: ir.Node, rest: list[ir.Value]) -> None:
+def _lower(attention: ir.Node, lengths: list[ir.Value], tables: list[ir.Value], positions: ir.Value | None) -> None:
+    """positions: of the new tokens where they are rotated outside of GroupQueryAttention, else None."""
     query, keys, values, _ = attention.inputs
     scatters = [_expect(value, "TensorScatter") for value in (keys, values)]
     flat = [
@@ -64,34 +70,72 @@ def _lower(attention: ir.Node, rest: list[ir.Value]) -> None:
     ]
     pasts = [scatter.inputs[0] for scatter in scatters]
     presents = [scatter.outputs[0] for scatter in scatters]
-    heads, kv_heads = (_size(value, 1) for value in (attention.outputs[0], pasts[0]))
+    heads, kv_heads, head_dim = (_size(*of) for of in ((attention.outputs[0], 1), (pasts[0], 1), (pasts[0], 3)))
+    graph, added = attention.graph, list[ir.Node]()
+    assert graph is not None
+    if positions is not None:
+        flat, added = _rotated_and_padded(graph, attention, flat, positions, tables, head_dim)
     lowered = ir.node(
         "GroupQueryAttention",
-        [*flat, *pasts, *rest],
+        [*flat, *pasts, *lengths, *(tables if positions is None else ())],
         {
             "num_heads": heads,
             "kv_num_heads": kv_heads,
             "scale": attention.attributes["scale"].as_float(),
-            "do_rotary": 1,
+            "do_rotary": int(positions is None),
             "rotary_interleaved": 0,
         },
         domain=MICROSOFT,
         num_outputs=3,
         name=str(attention.name).replace("/Attention", "/GroupQueryAttention"),
     )
-    result = _merged_heads(attention)
-    graph = attention.graph
-    assert graph is not None
-    graph.insert_before(attention, lowered)
-    lowered.outputs[0].name, lowered.outputs[0].shape, lowered.outputs[0].type = lowered.name, result.shape, result.type
-    ir.convenience.replace_all_uses_with(result, lowered.outputs[0])
+    lowered.outputs[0].name = lowered.name
+    graph.insert_before(attention, [*added, lowered])
+    _replace_merged(graph, attention, lowered.outputs[0], head_dim)
+    cached = cache_head_dim(head_dim)
     for past, present, new in zip(pasts, presents, lowered.outputs[1:], strict=True):
         assert past is not None
-        head = _size(past, 3)
-        past.shape = ir.Shape(["batch", kv_heads, "past_sequence", head])
-        new.name, new.shape, new.type = present.name, ir.Shape(["batch", kv_heads, "total_sequence", head]), past.type
+        past.shape = ir.Shape(["batch", kv_heads, "past_sequence", cached])
+        new.name, new.type = present.name, past.type
+        new.shape = ir.Shape(["batch", kv_heads, "total_sequence", cached])
         graph.outputs[list(graph.outputs).index(present)] = new
         present.name = f"{present.name}/replaced"
+
+
+def _rotated_and_padded(
+    graph: ir.Graph,
+    attention: ir.Node,
+    flat: list[ir.Value],
+    positions: ir.Value,
+    tables: list[ir.Value],
+    head_dim: int,
+) -> tuple[list[ir.Value], list[ir.Node]]:
+    """Queries, keys and values as GroupQueryAttention takes them, and the nodes that make them so."""
+    scope, made, added = str(attention.name).removesuffix("/Attention"), list[ir.Value](), list[ir.Node]()
+    for part, value in zip(("query", "key", "value"), flat, strict=True):
+        nodes = [] if part == "value" else rotated(f"{scope}.{part}", value, positions, tables)
+        turned = nodes[-1].outputs[0] if nodes else value
+        if cache_head_dim(head_dim) != head_dim:
+            nodes += resized(graph, f"{scope}.{part}", turned, head_dim, cache_head_dim(head_dim))
+        added += nodes
+        made.append(nodes[-1].outputs[0] if nodes else value)
+    for node in added:
+        node.outputs[0].name = node.name
+    return made, added
+
+
+def _replace_merged(graph: ir.Graph, attention: ir.Node, new: ir.Value, head_dim: int) -> None:
+    """Let the users of the attention's merged heads read `new` instead, padding cut off."""
+    result = _merged_heads(attention)
+    padded = cache_head_dim(head_dim)
+    if padded != head_dim:
+        cut = resized(graph, str(new.name), new, padded, head_dim)
+        for node in cut:
+            node.outputs[0].name = node.name
+        graph.insert_before(attention, cut)
+        new = cut[-1].outputs[0]
+    new.shape, new.type = result.shape, result.type
+    ir.convenience.replace_all_uses_with(result, new)
 
 
 def _size(value: ir.Value | None, axis: int) -> int:

@@ -24,6 +24,8 @@ VARIANTS: Mapping[str, dict[str, Any]] = {
     "multi-head": {"num_key_value_heads": 4},
     "one-kv-head": {"num_key_value_heads": 1},
     "own-head-dim": {"head_dim": 48},
+    "head-dim-24": {"head_dim": 24},
+    "head-dim-20": {"head_dim": 20},
     "untied": {"tie_word_embeddings": False},
     "biased": {"attention_bias": True, "mlp_bias": True},
     "odd-sizes": {"vocab_size": 263, "intermediate_size": 77},

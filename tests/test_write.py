@@ -1,0 +1,155 @@
+"""The data file: every weight once, at its place, with memory bounded by a step."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from llama_export.errors import LlamaExportError
+from llama_export.export.canonical import canonical
+from llama_export.export.trace import rotary
+from llama_export.export.write import lay_out, placements, write_data
+from llama_export.optimize.formats import plan_formats
+from llama_export.optimize.ort import OrtOptions, lower
+from llama_export.optimize.quantise import dequantise, quantise
+from llama_export.optimize.tensors import SourceTensor
+from llama_export.progress import Silent
+from support.graphs import llama, lowered, source_tensors
+
+CONTEXT = 64
+
+
+def test_bytes_lie_where_the_graph_says(tmp_path: Path) -> None:
+    model = llama(intermediate_size=77)
+    tensors = source_tensors(model)
+    lowered(canonical(model.config, context=CONTEXT), model.config, tensors, tmp_path, precision="int4")
+    proto = onnx.load(tmp_path / "model.onnx")
+    stored = {one.name: onnx.numpy_helper.to_array(one) for one in proto.graph.initializer}
+    name = "model.layers.2.mlp.down_proj"
+    blocks = quantise(tensors[f"{name}.weight"].read(0, 128), 4)
+    codes = stored[f"{name}.codes"].reshape(128, -1)
+    assert (codes & 15 == blocks.codes[:, 0::2]).all()
+    assert (codes >> 4 == blocks.codes[:, 1::2]).all()
+    assert (stored[f"{name}.scales"] == blocks.scales).all()
+    joint = stored["model.layers.1.self_attn.q_k_v_proj.scales"]
+    value = quantise(tensors["model.layers.1.self_attn.v_proj.weight"].read(0, 64), 4)
+    assert (joint[-64:] == value.scales).all()
+    assert (stored["model.norm.weight"] == tensors["model.norm.weight"].read(0, 128)).all()
+    assert dequantise(blocks, 77).shape == (128, 77)
+
+
+def locations(path: Path) -> dict[str, int]:
+    proto = onnx.load(path, load_external_data=False)
+    return {
+        one.name: int(next(entry.value for entry in one.external_data if entry.key == "offset"))
+        for one in proto.graph.initializer
+        if one.external_data
+    }
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8", "fp16"])
+def test_a_tied_head_is_stored_once(precision: str, tmp_path: Path) -> None:
+    sizes = {}
+    for tied in (True, False):
+        model = llama(tie_word_embeddings=tied, vocab_size=4096)
+        folder = tmp_path / str(tied)
+        folder.mkdir()
+        graph = canonical(model.config, context=CONTEXT)
+        lowered(graph, model.config, source_tensors(model), folder, precision=precision)
+        sizes[tied] = (folder / "model.onnx.data").stat().st_size
+    assert sizes[False] - sizes[True] > 0.6 * 4096 * 128 * {"int4": 0.5, "int8": 1, "fp16": 2}[precision]
+    if precision != "fp16":
+        offsets = locations(tmp_path / "True" / "model.onnx")
+        assert offsets["lm_head.codes"] == offsets["model.embed_tokens.codes"]
+        assert offsets["lm_head.scales"] == offsets["model.embed_tokens.scales"]
+
+
+def test_a_1b_llama_in_int4_stays_below_810_mb() -> None:
+    """Laid out, not written: the shape of Llama 3.2 1B with its whole context of 131,072 positions."""
+    config = llama(num_hidden_layers=1).config
+    config.hidden_size, config.intermediate_size, config.vocab_size = 2048, 8192, 128256
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 32, 8, 64
+    config.num_hidden_layers = 16
+    graph = canonical(config, context=131072)
+
+    def none(start: int, stop: int) -> np.ndarray:
+        raise AssertionError("laying out reads no weight")
+
+    tensors = {
+        name: SourceTensor(name, tuple(value.shape), "BF16", none)
+        for name, value in graph.graph.initializers.items()
+        if value.const_value is None
+    }
+    frequencies, scaling = rotary(config)
+    lower(graph, OrtOptions(plan_formats(tensors, "int4"), frequencies.numpy(), scaling, 131072, 4))
+    assert 770e6 < lay_out(graph).size < 810e6
+
+
+def lowered_graph(model: object, precision: str = "int4") -> object:
+    graph = canonical(model.config, context=CONTEXT)
+    frequencies, scaling = rotary(model.config)
+    formats = plan_formats(source_tensors(model), precision)
+    lower(graph, OrtOptions(formats, frequencies.numpy(), scaling, CONTEXT, 0))
+    return graph
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("precision", ["int4", "fp16"])
+def test_weights_that_are_no_numbers_are_told_by_name(bad: float, precision: str, tmp_path: Path) -> None:
+    model = llama()
+    model.state_dict()["model.layers.1.mlp.up_proj.weight"][5, 7] = bad
+    graph = lowered_graph(model, precision)
+    with pytest.raises(LlamaExportError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinite"):
+        write_data(graph, lay_out(graph), source_tensors(model), tmp_path, Silent(), threads=2)
+
+
+def test_rows_are_read_in_steps_and_forgotten(tmp_path: Path) -> None:
+    """Of a matrix of 40 MB no more than the steps of two threads, and one waiting, are ever asked for at once."""
+    model = llama(vocab_size=80000, num_hidden_layers=1)
+    largest, lock = [0], threading.Lock()
+
+    def watched(tensor: SourceTensor) -> SourceTensor:
+        def read(start: int, stop: int) -> np.ndarray:
+            rows = tensor.read(start, stop)
+            with lock:
+                largest[0] = max(largest[0], rows.nbytes)
+            return rows
+
+        return SourceTensor(tensor.name, tensor.shape, tensor.dtype, read)
+
+    graph = lowered_graph(model)
+    tensors = {name: watched(tensor) for name, tensor in source_tensors(model).items()}
+    write_data(graph, lay_out(graph), tensors, tmp_path, Silent(), threads=2)
+    assert 0 < largest[0] <= 8 << 20
+
+
+def test_progress_ends_at_the_whole(tmp_path: Path) -> None:
+    model = llama()
+
+    class Heard(Silent):
+        told: list[tuple[int, int]]
+
+        def advance(self, done_bytes: int, total_bytes: int) -> None:
+            self.told.append((done_bytes, total_bytes))
+
+    heard = Heard()
+    heard.told = []
+    graph = lowered_graph(model)
+    write_data(graph, lay_out(graph), source_tensors(model), tmp_path, heard, threads=2)
+    done, total = heard.told[-1]
+    assert [one for one, _ in heard.told] == sorted(one for one, _ in heard.told)
+    assert done == total
+
+
+def test_placements_name_every_tensor_and_its_row() -> None:
+    model = llama(attention_bias=True)
+    graph = lowered_graph(model)
+    placed = placements(graph, source_tensors(model))
+    assert placed.keys() == source_tensors(model).keys()
+    value = placed["model.layers.0.self_attn.v_proj.weight"]
+    assert value.row == 192
+    assert value.initializers["codes"] == "model.layers.0.self_attn.q_k_v_proj.codes"
+    assert placed["model.layers.0.self_attn.k_proj.bias"].row == 128
