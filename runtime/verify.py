@@ -243,7 +243,7 @@ def _shipped(compared: Comparison, limits: Limits) -> Check:
     agreeing = float((compared.shortfall <= _HALF_AS_LIKELY).mean())
     same = float((compared.shortfall == 0).mean())
     return Check(
-        "Shipped kernels (int8 activations) against the full-precision ones",
+        "Shipped kernels, cache in place, against the full-precision ones",
         (
             Gate("mean KL divergence", float(compared.kl.mean()), limits.shipped_kl),
             Gate("positions that agree on a likely token", agreeing, limits.shipped_agreement, at_least=True),

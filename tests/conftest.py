@@ -37,10 +37,32 @@ def smollm2_bundle(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory)
     return _made_once(tmp_path_factory, "smollm2-bundle", make)
 
 
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The bundle of a tiny random Llama by how it is stored, built once for all workers, to be left as it is.
+
+    A --precision is of a Hugging Face folder, "fp16" and so on; a tensor type is of a GGUF file, "Q4_1" and so on;
+    "mixed" is of a GGUF file with every type. The checkpoint lies beside, as `support.checkpoints` says.
+    """
+
+    def bundle(stored: str) -> Path:
+        def make(folder: Path) -> None:
+            from llama_export.pipeline import BuildOptions, build
+            from support.checkpoints import write_checkpoint
+
+            model, precision = write_checkpoint(folder.parent, stored)
+            build(BuildOptions(model=str(model), target="cpu", output=folder, precision=precision))
+
+        return _made_once(tmp_path_factory, f"built-{stored}/bundle", make)
+
+    return bundle
+
+
 def _made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
     """A folder of this name that the first worker to ask makes, whole or not at all, while the others wait."""
     base = factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    (shared / name).parent.mkdir(exist_ok=True)
     with (shared / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (shared / name).exists():
