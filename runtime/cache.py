@@ -11,6 +11,9 @@ import numpy.typing as npt
 
 from ..errors import LlamaExportError
 
+# Shared memory, Python's default, would count against a container's /dev/shm. Windows has no such flags.
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+
 
 def lazy_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Return zeros whose pages the system provides when they are first written.
@@ -22,7 +25,7 @@ def lazy_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]
     count = math.prod(shape)
     size = count * np.dtype(dtype).itemsize
     try:
-        memory = mmap.mmap(-1, size)
+        memory = mmap.mmap(-1, size, **_PRIVATE)
     except (OSError, ValueError, OverflowError) as error:
         raise LlamaExportError(
             f"The system refuses {size / 1e6:.0f} MB for a part of the cache ({error}); build with a smaller --context."
