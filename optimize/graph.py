@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -45,3 +46,44 @@ def add_initializer(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) 
             ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         )
     return graph.initializers[name]
+
+
+def ints(graph: ir.Graph, *values: int) -> ir.Value:
+    """The constant int64 [n] of these values."""
+    return add_initializer(graph, "_".join(("ints", *map(str, values))), np.array(values, np.int64))
+
+
+def scalar(graph: ir.Graph, value: int) -> ir.Value:
+    """The constant int64 []."""
+    return add_initializer(graph, f"scalar_{value}", np.array(value, np.int64))
+
+
+class Recorder:
+    """Makes nodes of one output each under a scope (`model.layers.0.mlp.down_proj/MatMulNBits`), inserted together.
+
+    Calling it records a node and returns its output; a second node of the same type is numbered.
+    """
+
+    def __init__(self, scope: str) -> None:
+        self.nodes: list[ir.Node] = []
+        self._scope, self._made = scope, Counter[str]()
+
+    def __call__(
+        self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: int | str | Sequence[int]
+    ) -> ir.Value:
+        self._made[op_type] += 1
+        suffix = f"_{self._made[op_type]}" if self._made[op_type] > 1 else ""
+        node = ir.node(op_type, inputs, attributes, domain=domain, name=f"{self._scope}/{op_type}{suffix}")
+        node.outputs[0].name = node.name
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def contrib(self, op_type: str, *inputs: ir.Value | None, **attributes: int | str | Sequence[int]) -> ir.Value:
+        """The same for an op of ONNX Runtime's own."""
+        return self(op_type, *inputs, domain=MICROSOFT, **attributes)
+
+
+def sizes_of(value: ir.Value | None) -> list[int]:
+    """The dimensions of a value whose shape is static."""
+    assert value is not None and value.shape is not None, f"{value} has no shape"
+    return [int(size) for size in value.shape]  # type: ignore[arg-type]

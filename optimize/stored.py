@@ -10,6 +10,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from .formats import Format
+from .graph import sizes_of
 
 Role = Literal["values", "codes", "scales", "offsets"]
 _STORED, _PARTS = "stored", "parts"
@@ -38,8 +39,8 @@ def parts_of(weight: ir.Value) -> tuple[str, ...]:
 
 def stacked(graph: ir.Graph, name: str, weights: list[ir.Value]) -> ir.Value:
     """A new weight: the rows of `weights` one after another."""
-    rows = sum(_sizes(weight)[0] for weight in weights)
-    value = ir.Value(name=name, shape=ir.Shape([rows, *_sizes(weights[0])[1:]]), type=weights[0].type)
+    rows = sum(sizes_of(weight)[0] for weight in weights)
+    value = ir.Value(name=name, shape=ir.Shape([rows, *sizes_of(weights[0])[1:]]), type=weights[0].type)
     value.meta[_PARTS] = tuple(part for weight in weights for part in parts_of(weight))
     graph.initializers[name] = value
     return value
@@ -56,8 +57,3 @@ def store(graph: ir.Graph, name: str, shape: list[int], dtype: ir.DataType, cont
 def stored_of(initializer: ir.Value) -> Stored | None:
     content: Stored | None = initializer.meta.get(_STORED)
     return content
-
-
-def _sizes(weight: ir.Value) -> list[int]:
-    assert weight.shape is not None
-    return [int(size) for size in weight.shape]  # type: ignore[arg-type]

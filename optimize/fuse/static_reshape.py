@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from ..graph import add_initializer, constant, nodes_of, producer
+from ..graph import constant, ints, nodes_of, producer
 
 
 def fuse_static_reshape(model: ir.Model) -> None:
@@ -21,9 +20,7 @@ def fuse_static_reshape(model: ir.Model) -> None:
         if not _copies_leading(node, concat) or any(part is None for part in rest):
             continue
         target = [0, 0, *(int(size) for part in rest if part is not None for size in part.reshape(-1))]
-        name = "shape_" + "_".join(str(size) for size in target)
-        shape = add_initializer(model.graph, name, np.array(target, np.int64))
-        node.replace_input_with(1, shape)
+        node.replace_input_with(1, ints(model.graph, *target))
         node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
     common.RemoveUnusedNodesPass()(model)
 

@@ -7,8 +7,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from ..graph import MICROSOFT, add_initializer, nodes_of, producer
-from .odd_heads import cache_head_dim, positions_of, resized, rotated, takes_head
+from ..graph import MICROSOFT, Recorder, add_initializer, ints, nodes_of, producer
+from .odd_heads import cache_head_dim, positions_of, resized, takes_head
 
 
 def lower_attention(model: ir.Model, frequencies: npt.NDArray[np.float32], scaling: float, context: int) -> None:
@@ -30,8 +30,9 @@ def lower_attention(model: ir.Model, frequencies: npt.NDArray[np.float32], scali
     ]
     positions = None
     if not takes_head(2 * len(frequencies)):
-        positions, added = positions_of(graph)
-        graph.insert_before(graph[0], added)
+        record = Recorder("positions")
+        positions = positions_of(graph, record)
+        graph.insert_before(graph[0], record.nodes)
     for node in nodes_of(model, "Attention"):
         _lower(node, [lengths, total], tables, positions)
     common.RemoveUnusedNodesPass()(model)
@@ -45,18 +46,12 @@ def _lengths(model: ir.Model) -> tuple[ir.Value, ir.Value]:
         name="attention_mask", shape=ir.Shape(["batch", "total_sequence"]), type=ir.TensorType(ir.DataType.INT64)
     )
     graph.inputs.insert(1, mask)
-    one = add_initializer(graph, "one", np.array([1], np.int64))
-    total = ir.node("Shape", [mask], {"start": 1, "end": 2}, name="lengths/Shape")
-    total_scalar = ir.node("Squeeze", [total.outputs[0]], name="lengths/Squeeze")
-    total_int = ir.node("Cast", [total_scalar.outputs[0]], {"to": ir.DataType.INT32}, name="lengths/Cast")
-    valid = ir.node("ReduceSum", [mask, one], {"keepdims": 0}, name="lengths/ReduceSum")
-    last = ir.node("Sub", [valid.outputs[0], one], name="lengths/Sub")
-    last_int = ir.node("Cast", [last.outputs[0]], {"to": ir.DataType.INT32}, name="lengths/Cast_2")
-    added = [total, total_scalar, total_int, valid, last, last_int]
-    for node in added:
-        node.outputs[0].name = node.name
-    graph.insert_before(graph[0], added)
-    return last_int.outputs[0], total_int.outputs[0]
+    op, one = Recorder("lengths"), ints(graph, 1)
+    total = op("Cast", op("Squeeze", op("Shape", mask, start=1, end=2)), to=ir.DataType.INT32)
+    valid = op("ReduceSum", mask, one, keepdims=0)
+    last = op("Cast", op("Sub", valid, one), to=ir.DataType.INT32)
+    graph.insert_before(graph[0], op.nodes)
+    return last, total
 
 
 def _lower(attention: ir.Node, lengths: list[ir.Value], tables: list[ir.Value], positions: ir.Value | None) -> None:
@@ -70,11 +65,15 @@ def _lower(attention: ir.Node, lengths: list[ir.Value], tables: list[ir.Value], 
     ]
     pasts = [scatter.inputs[0] for scatter in scatters]
     presents = [scatter.outputs[0] for scatter in scatters]
-    heads, kv_heads, head_dim = (_size(*of) for of in ((attention.outputs[0], 1), (pasts[0], 1), (pasts[0], 3)))
-    graph, added = attention.graph, list[ir.Node]()
+    (heads, head_dim), (kv_heads, _) = _heads(attention.outputs[0]), _heads(pasts[0])
+    graph, record = attention.graph, Recorder(str(attention.name).removesuffix("/Attention"))
     assert graph is not None
     if positions is not None:
-        flat, added = _rotated_and_padded(graph, attention, flat, positions, tables, head_dim)
+        flat = [record.contrib("RotaryEmbedding", one, positions, *tables, interleaved=0) for one in flat[:2]] + flat[
+            2:
+        ]
+    if cache_head_dim(head_dim) != head_dim:
+        flat = [resized(graph, record, one, head_dim, cache_head_dim(head_dim)) for one in flat]
     lowered = ir.node(
         "GroupQueryAttention",
         [*flat, *pasts, *lengths, *(tables if positions is None else ())],
@@ -90,7 +89,7 @@ def _lower(attention: ir.Node, lengths: list[ir.Value], tables: list[ir.Value], 
         name=str(attention.name).replace("/Attention", "/GroupQueryAttention"),
     )
     lowered.outputs[0].name = lowered.name
-    graph.insert_before(attention, [*added, lowered])
+    graph.insert_before(attention, [*record.nodes, lowered])
     _replace_merged(graph, attention, lowered.outputs[0], head_dim)
     cached = cache_head_dim(head_dim)
     for past, present, new in zip(pasts, presents, lowered.outputs[1:], strict=True):
@@ -102,46 +101,21 @@ def _lower(attention: ir.Node, lengths: list[ir.Value], tables: list[ir.Value], 
         present.name = f"{present.name}/replaced"
 
 
-def _rotated_and_padded(
-    graph: ir.Graph,
-    attention: ir.Node,
-    flat: list[ir.Value],
-    positions: ir.Value,
-    tables: list[ir.Value],
-    head_dim: int,
-) -> tuple[list[ir.Value], list[ir.Node]]:
-    """Queries, keys and values as GroupQueryAttention takes them, and the nodes that make them so."""
-    scope, made, added = str(attention.name).removesuffix("/Attention"), list[ir.Value](), list[ir.Node]()
-    for part, value in zip(("query", "key", "value"), flat, strict=True):
-        nodes = [] if part == "value" else rotated(f"{scope}.{part}", value, positions, tables)
-        turned = nodes[-1].outputs[0] if nodes else value
-        if cache_head_dim(head_dim) != head_dim:
-            nodes += resized(graph, f"{scope}.{part}", turned, head_dim, cache_head_dim(head_dim))
-        added += nodes
-        made.append(nodes[-1].outputs[0] if nodes else value)
-    for node in added:
-        node.outputs[0].name = node.name
-    return made, added
-
-
 def _replace_merged(graph: ir.Graph, attention: ir.Node, new: ir.Value, head_dim: int) -> None:
     """Let the users of the attention's merged heads read `new` instead, padding cut off."""
     result = _merged_heads(attention)
-    padded = cache_head_dim(head_dim)
-    if padded != head_dim:
-        cut = resized(graph, str(new.name), new, padded, head_dim)
-        for node in cut:
-            node.outputs[0].name = node.name
-        graph.insert_before(attention, cut)
-        new = cut[-1].outputs[0]
+    if cache_head_dim(head_dim) != head_dim:
+        record = Recorder(str(new.name))
+        new = resized(graph, record, new, cache_head_dim(head_dim), head_dim)
+        graph.insert_before(attention, record.nodes)
     new.shape, new.type = result.shape, result.type
     ir.convenience.replace_all_uses_with(result, new)
 
 
-def _size(value: ir.Value | None, axis: int) -> int:
-    """A dimension that the trace knows."""
+def _heads(value: ir.Value | None) -> tuple[int, int]:
+    """Number and dimension of the heads of [batch, heads, sequence, head_dim]."""
     assert value is not None and value.shape is not None
-    return int(value.shape[axis])  # type: ignore[arg-type]
+    return int(value.shape[1]), int(value.shape[3])  # type: ignore[arg-type]
 
 
 def _expect(value: ir.Value | None, op_type: str) -> ir.Node:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ..graph import add_initializer, producer
+from ..graph import Recorder, add_initializer, ints, producer, scalar
 
 
 def keep_last_positions(model: ir.Model) -> None:
@@ -17,42 +17,22 @@ def keep_last_positions(model: ir.Model) -> None:
     [batch, 1, vocab], which onnxruntime-genai allocates from.
     """
     graph = model.graph
-    logits = graph.outputs[0]
-    head = _head(logits)
+    logits, (ids, mask) = graph.outputs[0], graph.inputs[:2]
+    head = producer(logits, "MatMul")
+    assert head is not None, "the canonical graph's logits come from a MatMul"
     keep = add_initializer(graph, "logits_to_keep", np.array([1], np.int64))
     graph.inputs.append(keep)
-    ids, mask = graph.inputs[0], graph.inputs[1]
-    constants = {value: add_initializer(graph, name, np.array([value], np.int64)) for name, value in _CONSTANTS}
-    scalars = {
-        value: add_initializer(graph, f"{name}_scalar", np.array(value, np.int64)) for name, value in _CONSTANTS[:2]
-    }
-    added: list[ir.Node] = []
 
-    def op(op_type: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes, name=f"last_positions/{op_type}_{len(added)}")
-        node.outputs[0].name = node.name
-        added.append(node)
-        return node.outputs[0]
-
-    sequence = op("Shape", ids, start=1, end=2)
-    total = op("Shape", mask, start=1, end=2)
-    valid = op("Sub", op("ReduceSum", mask, constants[1], keepdims=1), op("Sub", total, sequence))
-    valid = op("Min", op("Max", valid, constants[1]), sequence)
-    offsets = op("Range", scalars[0], op("Squeeze", keep), scalars[1])
-    positions = op("Max", op("Add", op("Sub", valid, keep), offsets), constants[0])
+    op, one = Recorder("last_positions"), ints(graph, 1)
+    sequence, total = (op("Shape", value, start=1, end=2) for value in (ids, mask))
+    valid = op("Sub", op("ReduceSum", mask, one, keepdims=1), op("Sub", total, sequence))
+    valid = op("Min", op("Max", valid, one), sequence)
+    steps = op("Range", scalar(graph, 0), op("Squeeze", keep), scalar(graph, 1))
+    positions = op("Max", op("Add", op("Sub", valid, keep), steps), ints(graph, 0))
     hidden = head.inputs[0]
     assert hidden is not None
-    kept = op("GatherND", hidden, op("Unsqueeze", positions, constants[-1]), batch_dims=1)
+    kept = op("GatherND", hidden, op("Unsqueeze", positions, ints(graph, -1)), batch_dims=1)
     kept.type, kept.shape = hidden.type, ir.Shape(["batch", "logits_to_keep", *(hidden.shape or ())[2:]])
-    graph.insert_before(head, added)
+    graph.insert_before(head, op.nodes)
     head.replace_input_with(0, kept)
     logits.shape = ir.Shape(["batch", 1, *(logits.shape or ())[2:]])
-
-
-_CONSTANTS = (("zero", 0), ("one", 1), ("minus_one", -1))
-
-
-def _head(logits: ir.Value) -> ir.Node:
-    node = producer(logits, "MatMul")
-    assert node is not None, "the canonical graph's logits come from a MatMul"
-    return node

@@ -6,11 +6,10 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from ..formats import Format
-from ..graph import add_initializer, nodes_of, producer
+from ..graph import Recorder, ints, nodes_of, producer, sizes_of
 from ..stored import parts_of, stacked
 
 
@@ -57,25 +56,18 @@ def pack_linears(model: ir.Model, formats: Mapping[str, Format]) -> None:
 
 def _pack(graph: ir.Graph, group: list[Linear]) -> None:
     name = _joint_name([str(linear.weight.name).removesuffix(".weight") for linear in group])
-    last = group[-1].matmul
+    record, first = Recorder(name), group[0].matmul
     weight = stacked(graph, f"{name}.weight", [linear.weight for linear in group])
-    transpose = ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{name}/Transpose")
-    product = ir.node("MatMul", [last.inputs[0], transpose.outputs[0]], name=f"{name}/MatMul")
-    added, joint = [transpose, product], product.outputs[0]
+    joint = record("MatMul", first.inputs[0], record("Transpose", weight, perm=[1, 0]))
     biases = [linear.bias for linear in group if linear.bias is not None]
     if biases:
-        add = ir.node("Add", [joint, stacked(graph, f"{name}.bias", biases)], name=f"{name}/Add")
-        added, joint = [*added, add], add.outputs[0]
-    widths = [int(linear.weight.shape[0]) for linear in group if linear.weight.shape]  # type: ignore[arg-type]
-    sizes = add_initializer(graph, "widths_" + "_".join(map(str, widths)), np.array(widths, np.int64))
-    split = ir.node("Split", [joint, sizes], {"axis": -1}, num_outputs=len(group), name=f"{name}/Split")
-    for node in (*added, split):
-        for index, output in enumerate(node.outputs):
-            output.name = f"{node.name}:{index}" if node is split else node.name
-            output.type = last.outputs[0].type
-    graph.insert_before(group[0].matmul, [*added, split])
-    for linear, part in zip(group, split.outputs, strict=True):
-        part.shape = linear.result.shape
+        joint = record("Add", joint, stacked(graph, f"{name}.bias", biases))
+    joint.type = weight.type
+    widths = ints(graph, *(sizes_of(linear.weight)[0] for linear in group))
+    split = ir.node("Split", [joint, widths], {"axis": -1}, num_outputs=len(group), name=f"{name}/Split")
+    graph.insert_before(first, [*record.nodes, split])
+    for index, (linear, part) in enumerate(zip(group, split.outputs, strict=True)):
+        part.name, part.shape, part.type = f"{split.name}:{index}", linear.result.shape, weight.type
         ir.convenience.replace_all_uses_with(linear.result, part)
 
 
