@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ TOP = 64
 SAMPLES = 256
 _INDEX, _LOGITS = "reference.json", "logits.npz"
 _MAX_BYTES = 64 << 20
+"""Of each file, and of its arrays when they are unpacked."""
+_MAX_VOCAB = 1 << 24
+_ROW_BYTES = 4 * (2 * TOP + 1 + SAMPLES)
+"""What is kept of one position."""
 
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
@@ -165,51 +170,89 @@ def load_reference(bundle: Path) -> Reference:
         raise LlamaExportError(
             f"The bundle {bundle} has no reference to compare with, it was built with --no-reference; build it without."
         )
-    for name in (_INDEX, _LOGITS):
-        if (folder / name).stat().st_size > _MAX_BYTES:
-            raise LlamaExportError(f"{folder / name} is larger than any reference; build the bundle again.")
     try:
-        value = json.loads((folder / _INDEX).read_bytes())
-        version = value.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise LlamaExportError(
-                f"The reference has schema version {version!r}, but this llama-export reads {SCHEMA_VERSION}; upgrade "
-                "it or build the bundle again."
-            )
-        index = decode(Index, value, _INDEX)
-        with np.load(folder / _LOGITS, allow_pickle=False) as arrays:
-            logits = Logits(**{field.name: arrays[field.name] for field in dataclasses.fields(Logits)})
-    except (ValueError, KeyError, OSError, AttributeError, EOFError) as error:
-        raise LlamaExportError(f"The reference in {folder} is damaged ({error}); build the bundle again.") from error
-    _check(index, logits, folder)
-    return Reference(index, logits)
+        index = _read_index(folder / _INDEX)
+        return Reference(index, _read_logits(folder / _LOGITS, index))
+    except LlamaExportError:
+        raise
+    except Exception as error:  # json, zipfile, zlib and NumPy each have kinds of their own for what is damaged
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise LlamaExportError(f"The reference in {folder} is damaged ({reason}); build the bundle again.") from error
 
 
-def _check(index: Index, logits: Logits, folder: Path) -> None:
-    positions = sum(len(prompt.ids) for prompt in index.prompts)
-    top, samples = min(TOP, index.vocab), min(SAMPLES, index.vocab)
-    expected = {
-        "top_ids": (positions, top),
-        "top_logits": (positions, top),
-        "logsumexp": (positions,),
-        "sample_ids": (samples,),
-        "sampled": (positions, samples),
-    }
-    for name, shape in expected.items():
-        array = getattr(logits, name)
-        if array.shape != shape or array.dtype != (np.int32 if name.endswith("ids") else np.float32):
-            raise LlamaExportError(
-                f"{folder / _LOGITS} holds {name} as {array.dtype} {list(array.shape)}, but {list(shape)} is expected; "
-                "build the bundle again."
-            )
-        if name.endswith("ids") and array.size and not 0 <= array.min() <= array.max() < index.vocab:
-            raise LlamaExportError(
-                f"{folder / _LOGITS} names tokens outside of the vocabulary; build the bundle again."
-            )
+def _refuse_endless(path: Path) -> None:
+    if path.stat().st_size > _MAX_BYTES:
+        raise LlamaExportError(f"{path} is larger than any reference; build the bundle again.")
+
+
+def _read_index(path: Path) -> Index:
+    _refuse_endless(path)
+    value = json.loads(path.read_bytes())
+    version = value.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise LlamaExportError(
+            f"The reference has schema version {version!r}, but this llama-export reads {SCHEMA_VERSION}; upgrade it "
+            "or build the bundle again."
+        )
+    index = decode(Index, value, _INDEX)
+    for problem in _problems(index):
+        raise LlamaExportError(f"{path} has {problem}; build the bundle again.")
+    return index
+
+
+def _problems(index: Index) -> Iterator[str]:
+    if not 0 < index.vocab <= _MAX_VOCAB:
+        yield f"a vocabulary of {index.vocab}, which is out of range"
     if len({(prompt.prompt_tokens, len(prompt.ids)) for prompt in index.prompts}) != 1:
-        raise LlamaExportError(f"{folder / _INDEX} has no prompts of one length; build the bundle again.")
+        yield "no prompts of one length"
     for prompt in index.prompts:
         if not 0 < prompt.prompt_tokens <= len(prompt.ids) or not all(0 <= token < index.vocab for token in prompt.ids):
+            yield f"a prompt {prompt.name!r} out of range"
+    if not index.weights:
+        yield "no weights"
+    for weight in index.weights:
+        if not weight.shape or min(weight.shape) < 1 or weight.row < 0:
+            yield f"a weight {weight.name!r} out of range"
+    if _positions(index) * _ROW_BYTES > _MAX_BYTES:
+        yield "more tokens than any reference"
+
+
+def _positions(index: Index) -> int:
+    return sum(len(prompt.ids) for prompt in index.prompts)
+
+
+def _read_logits(path: Path, index: Index) -> Logits:
+    """The arrays, each read only when it is of the type and shape that the index says: no pickle is, and no bomb."""
+    _refuse_endless(path)
+    rows, top, samples = _positions(index), min(TOP, index.vocab), min(SAMPLES, index.vocab)
+    expected = {
+        "top_ids": (np.int32, (rows, top)),
+        "top_logits": (np.float32, (rows, top)),
+        "logsumexp": (np.float32, (rows,)),
+        "sample_ids": (np.int32, (samples,)),
+        "sampled": (np.float32, (rows, samples)),
+    }
+    with zipfile.ZipFile(path) as archive:
+        arrays = {name: _read_array(archive, name, np.dtype(kind), shape) for name, (kind, shape) in expected.items()}
+    for name, array in arrays.items():
+        if array.dtype == np.int32 and not 0 <= array.min() <= array.max() < index.vocab:
+            raise LlamaExportError(f"{path} names tokens outside of the vocabulary; build the bundle again.")
+        if array.dtype == np.float32 and not np.isfinite(array).all():
+            raise LlamaExportError(f"{path} holds {name} that are not finite; build the bundle again.")
+    return Logits(**arrays)
+
+
+def _read_array(archive: zipfile.ZipFile, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    with archive.open(f"{name}.npy") as file:
+        np.lib.format.read_magic(file)
+        found, by_columns, kind = np.lib.format.read_array_header_1_0(file)
+        if (found, kind) != (shape, dtype):
             raise LlamaExportError(
-                f"{folder / _INDEX} has a prompt {prompt.name!r} out of range; build the bundle again."
+                f"{archive.filename} holds {name} as {kind} {list(found)}, but {dtype} {list(shape)} is expected; "
+                "build the bundle again."
             )
+        size = int(np.prod(shape)) * dtype.itemsize
+        data = file.read(size + 1)  # one more: only at the end does zipfile compare the checksum
+    if len(data) != size:
+        raise ValueError(f"{name} has another size than its header says")
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if by_columns else "C")

@@ -1,0 +1,31 @@
+"""The tiny checkpoints behind the `built` bundles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from support.gguf_models import write_llama_gguf
+from support.hf_models import write_llama_folder
+
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+GGUF_TYPES = ("Q4_0", "Q4_1", "Q8_0", "mixed")
+
+_MIXED = {
+    "token_embd": "Q8_0",
+    "attn_q": "Q4_0",
+    "attn_k": "Q4_1",
+    "attn_v": "Q8_0",
+    "attn_output": "F16",
+    "ffn_gate": "BF16",
+    "ffn_up": "Q4_1",
+    "ffn_down": "F32",
+    "output": "Q4_0",
+}
+
+
+def write_checkpoint(folder: Path, stored: str) -> tuple[str, str | None]:
+    """Write the checkpoint of `built(stored)` into `folder`; return its path and the --precision that it is for."""
+    if stored in PRECISIONS:
+        return str(write_llama_folder(folder / "llama", attention_bias=True)), stored
+    types = _MIXED if stored == "mixed" else stored
+    return str(write_llama_gguf(folder / "llama.gguf", types=types, tied=stored != "mixed")), None
