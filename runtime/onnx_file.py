@@ -5,10 +5,10 @@ Wire format: protobuf.dev/programming-guides/encoding; field numbers: onnx.proto
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-import numpy as np
 
 from ..errors import LlamaExportError
 
@@ -24,6 +24,9 @@ _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 _DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16", 16: "bfloat16"}
 """TensorProto.DataType -> name."""
 _SIZES = {"float32": 4, "uint8": 1, "int8": 1, "int32": 4, "int64": 8, "float16": 2, "bfloat16": 2}
+
+_DIGITS = re.compile(r"[0-9]{1,18}")
+_MOST_DIMENSIONS = 8
 
 
 @dataclass(frozen=True)
@@ -100,13 +103,13 @@ def _initializer(model: bytes, tensor: _Field, data_size: int) -> Initializer | 
             f"model.onnx keeps {name!r} in {location!r} as type {type_number}, but a bundle keeps its weights in "
             f"{DATA_FILE}; build the bundle again."
         )
-    offset, size = (
-        int(text) if text.isdigit() else -1 for text in (external.get(key, "0") for key in ("offset", "length"))
-    )
-    if offset < 0 or size != int(np.prod(dims, dtype=object)) * _SIZES[dtype] or offset + size > data_size:
+    texts = [external.get(key, "0") for key in ("offset", "length")]
+    offset, size = (int(text) if _DIGITS.fullmatch(text) else -1 for text in texts)
+    fits = len(dims) <= _MOST_DIMENSIONS and size == math.prod(dims) * _SIZES[dtype]
+    if not fits or offset < 0 or offset + size > data_size:
         raise LlamaExportError(
-            f"model.onnx places {name!r} at {size} bytes from {offset} on, which does not fit its shape {dims} or the "
-            f"{data_size} bytes of {DATA_FILE}; copy or build the bundle again."
+            f"model.onnx places {name!r} at {texts[1][:20]} bytes from {texts[0][:20]} on, which does not fit its "
+            f"shape {dims[:_MOST_DIMENSIONS]} or the {data_size} bytes of {DATA_FILE}; copy or build the bundle again."
         )
     return Initializer(name, dtype, tuple(dims), offset, size)
 
