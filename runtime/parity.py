@@ -7,10 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .reference import Logits, logsumexp
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
+from .reference import Float32, Float64, Logits, logsumexp
 
 
 @dataclass(frozen=True)
@@ -51,12 +48,11 @@ def compare(reference: Logits, logits: Float32) -> Comparison:
     return Comparison(*(np.where(finite, values, np.inf) for values in (difference, kl, shortfall)))
 
 
-def _kl(reference: Logits, top: Float32, total: Float32) -> Float64:
-    p = np.exp(reference.top_logits.astype(np.float64) - reference.logsumexp[:, None])
-    log_q = top.astype(np.float64) - total[:, None]
+def _kl(reference: Logits, top: Float32, total: Float64) -> Float64:
+    log_p, log_q = reference.top_logits - reference.logsumexp[:, None], top - total[:, None]
+    p = np.exp(log_p)
     p_rest = np.maximum(1 - p.sum(axis=1), 1e-12)
     q_rest = np.maximum(1 - np.exp(log_q).sum(axis=1), 1e-12)
-    log_p = reference.top_logits.astype(np.float64) - reference.logsumexp[:, None]
     kl: Float64 = (p * (log_p - log_q)).sum(axis=1) + p_rest * np.log(p_rest / q_rest)
     return np.maximum(kl, 0)
 

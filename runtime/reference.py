@@ -29,10 +29,11 @@ _INDEX, _LOGITS = "reference.json", "logits.npz"
 _MAX_BYTES = 64 << 20
 """Of each file, and of its arrays when they are unpacked."""
 _MAX_VOCAB = 1 << 24
-_ROW_BYTES = 4 * (2 * TOP + 1 + SAMPLES)
+_ROW_BYTES = 8 * TOP + 8 + 4 * SAMPLES
 """What is kept of one position."""
 
 Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
 Int32 = npt.NDArray[np.int32]
 
 
@@ -90,7 +91,7 @@ class Logits:
 
     top_ids: Int32
     top_logits: Float32
-    logsumexp: Float32
+    logsumexp: Float64
     sample_ids: Int32
     sampled: Float32
 
@@ -135,11 +136,13 @@ def compress(logits: Float32) -> Logits:
     return Logits(top.astype(np.int32), np.take_along_axis(logits, top, axis=1), logsumexp(logits), ids, logits[:, ids])
 
 
-def logsumexp(logits: Float32) -> Float32:
-    """log(sum(exp(logits))) of each row, summed in float64."""
-    largest = logits.max(axis=1)
-    total = np.exp(logits - largest[:, None]).sum(axis=1, dtype=np.float64)
-    result: Float32 = (largest + np.log(total)).astype(np.float32)
+def logsumexp(logits: Float32) -> Float64:
+    """log(sum(exp(logits))) of each row, in float64: what the top leaves of the whole is a difference of nearly equal
+    numbers.
+    """
+    largest = logits.max(axis=1).astype(np.float64)
+    total = np.array([np.exp(row - top).sum() for row, top in zip(logits, largest, strict=True)])
+    result: Float64 = largest + np.log(total)
     return result
 
 
@@ -228,7 +231,7 @@ def _read_logits(path: Path, index: Index) -> Logits:
     expected = {
         "top_ids": (np.int32, (rows, top)),
         "top_logits": (np.float32, (rows, top)),
-        "logsumexp": (np.float32, (rows,)),
+        "logsumexp": (np.float64, (rows,)),
         "sample_ids": (np.int32, (samples,)),
         "sampled": (np.float32, (rows, samples)),
     }
@@ -237,7 +240,7 @@ def _read_logits(path: Path, index: Index) -> Logits:
     for name, array in arrays.items():
         if array.dtype == np.int32 and not 0 <= array.min() <= array.max() < index.vocab:
             raise LlamaExportError(f"{path} names tokens outside of the vocabulary; build the bundle again.")
-        if array.dtype == np.float32 and not np.isfinite(array).all():
+        if array.dtype != np.int32 and not np.isfinite(array).all():
             raise LlamaExportError(f"{path} holds {name} that are not finite; build the bundle again.")
     return Logits(**arrays)
 
