@@ -169,16 +169,15 @@ def _write_model(plan: _Plan, folder: Path, clock: _Clock, progress: Progress) -
     import torch  # noqa: PLC0415 (seconds to import, and only building needs it)
 
     from .export.canonical import canonical  # noqa: PLC0415
-    from .export.trace import rotary  # noqa: PLC0415
+    from .export.trace import rotary_tables  # noqa: PLC0415
     from .export.write import lay_out, placements, refer, write_data  # noqa: PLC0415
     from .optimize.ort import OrtOptions, lower  # noqa: PLC0415
 
     config, context = llama_config(plan.source.config), plan.context.context
     model = canonical(config, context=context, dtype=getattr(torch, plan.made.activations))
     clock.stage("lower", "Fusing and lowering the graph")
-    frequencies, scaling = rotary(config)
     level = SHIPPED_ACCURACY_LEVEL[plan.made.activations]
-    lower(model, OrtOptions(plan.formats, frequencies.numpy(), scaling, context, level))
+    lower(model, OrtOptions(plan.formats, rotary_tables(config, context), level))
     layout = lay_out(model)
     clock.stage("write", "Writing the weights")
     write_data(model, layout, plan.source.tensors, folder, progress, physical_cores())

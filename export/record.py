@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
+from transformers import LlamaConfig
 
 from ..errors import LlamaExportError
+from ..optimize.graph import ROTARY_TABLES
 from ..optimize.tensors import Float32
 from ..progress import Progress
 from ..runtime.batch import BatchReplay
 from ..runtime.bundle import Bundle, Manifest
 from ..runtime.onnx_file import with_accuracy_level
-from ..runtime.reference import SCHEMA_VERSION, Index, Logits, Prompt, Reference, WeightRecord, compress
+from ..runtime.reference import SCHEMA_VERSION, Index, Logits, Prompt, Reference, WeightRecord, compress, fingerprint
 from ..runtime.threads import physical_cores
 from .config import llama_config
 from .reference import ExactModel
 from .source import Source
+from .trace import rotary_tables
 from .write import Placement
 
 CONTINUATION = 32
@@ -63,6 +66,7 @@ def record_reference(
             _proven(name, prompts[name], ids, rows) for (name, ids), rows in zip(continued.items(), logits, strict=True)
         ),
         tuple(_weight(name, source, placements[name], model) for name in source.tensors),
+        tuple(_tables(model.config, manifest)),
         tools,
     )
     return Reference(index, Logits.joined([compress(rows) for rows in logits]))
@@ -112,3 +116,15 @@ def _weight(name: str, source: Source, placement: Placement, model: ExactModel) 
     return WeightRecord(
         name, placement.format.name, source.tensors[name].shape, placement.row, initializers, sha256, norm
     )
+
+
+def _tables(config: LlamaConfig, manifest: Manifest) -> Iterator[WeightRecord]:
+    """The rotary tables, which no prompt reaches the end of."""
+    dtype = manifest.shape.cache_dtype
+    for name, table in zip(ROTARY_TABLES, rotary_tables(config, manifest.limits.context), strict=True):
+        stored = table.astype(dtype)
+        sha256, norm = fingerprint(iter([stored]))
+        yield WeightRecord(name, _DENSE[dtype], table.shape, 0, {"values": name}, sha256, norm)
+
+
+_DENSE = {"float32": "fp32", "float16": "fp16"}

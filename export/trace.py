@@ -14,6 +14,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,9 +23,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..optimize.formats import EMBEDDING, HEAD
 from ..optimize.graph import INV_FREQ, past_name, present_name
+from ..optimize.tensors import Float32
 
 OPSET = 24
 _ATTENTION = "llama_export_onnx"
+_POSITIONS = 4096
 
 
 class _OnnxCache:
@@ -124,17 +127,22 @@ def trace(config: LlamaConfig, *, context: int, layers: int = 1, dtype: torch.dt
     assert exported is not None
     model = exported.model
     _rename(model, layers)
-    frequencies, _ = rotary(config)
-    model.graph.initializers[INV_FREQ].const_value = ir.tensor(frequencies.numpy(), name=INV_FREQ)
+    frequencies = LlamaRotaryEmbedding(config).inv_freq.float().numpy()
+    model.graph.initializers[INV_FREQ].const_value = ir.tensor(frequencies, name=INV_FREQ)
     return model
 
 
-def rotary(config: LlamaConfig) -> tuple[torch.Tensor, float]:
-    """The inverse frequencies, float32 [head_dim / 2], and the factor on cos and sin, by transformers' own init
-    function.
+def rotary_tables(config: LlamaConfig, context: int) -> tuple[Float32, Float32]:
+    """cos and sin of every position's angles [context, head_dim / 2], computed by transformers a few positions at a
+    time.
     """
-    embedding = LlamaRotaryEmbedding(config)
-    return embedding.inv_freq.float(), float(embedding.attention_scaling)
+    embedding, half = LlamaRotaryEmbedding(config), config.head_dim // 2
+    cos, sin = (np.empty((context, half), np.float32) for _ in range(2))
+    for start in range(0, context, _POSITIONS):
+        positions = torch.arange(start, min(context, start + _POSITIONS))[None]
+        for table, both_halves in zip((cos, sin), embedding(torch.empty(0), positions), strict=True):
+            table[start : start + _POSITIONS] = both_halves[0, :, :half].numpy()
+    return cos, sin
 
 
 def _example(

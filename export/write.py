@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +17,15 @@ from ..errors import LlamaExportError
 from ..optimize.formats import Format
 from ..optimize.quantise import blocks_of, pack, round_scales, to_dense
 from ..optimize.stored import Role, Stored, stored_of
-from ..optimize.tensors import SourceTensor
+from ..optimize.tensors import Blocks, Float32, SourceTensor
 from ..progress import Progress
+from .gguf_blocks import inexact_blocks
 
 DATA_FILE = "model.onnx.data"
 _STEP = 1 << 19
 """Values that one thread converts at a time: 2 MB in float32, so that the temporaries stay in the processor's cache."""
 _INLINE = 1024
-"""Bytes up to which a constant stays in model.onnx: shapes and axes have to, rotary tables need not."""
+"""Bytes up to which a constant of one dimension stays in model.onnx: shapes and axes have to be there."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def lay_out(model: ir.Model) -> Layout:
 
 def _inline(value: ir.Value) -> bool:
     assert value.const_value is not None, f"{value.name} has neither values nor a description"
-    return value.const_value.nbytes <= _INLINE
+    return value.const_value.nbytes <= _INLINE and len(value.const_value.shape) < 2
 
 
 def _region(value: ir.Value, end: int) -> Region:
@@ -99,7 +101,8 @@ def write_data(
 ) -> None:
     """Fill the data file in `folder`: read rows, convert, write at their place, forget; `threads` at a time.
 
-    Raises LlamaExportError when a tensor holds NaN or infinity.
+    Warns when blocks of a GGUF file cannot be kept as they are.
+    Raises LlamaExportError when a tensor holds NaN or infinity, or numbers too large for the type that computes.
     """
     with (folder / DATA_FILE).open("wb") as file:
         if hasattr(os, "posix_fallocate"):
@@ -110,41 +113,78 @@ def write_data(
             table = model.graph.initializers[name].const_value
             assert table is not None
             _write_at(file.fileno(), table.tobytes(), region.offset)
-        weights = sum(region.size for region in layout.regions.values())
-        _run_all(_steps(layout, tensors, file.fileno()), threads, progress, weights)
-        file.flush()
-        os.fsync(file.fileno())
+        total, done, inexact = sum(region.size for region in layout.regions.values()), 0, Counter[str]()
+        activations = model.graph.outputs[0].dtype
+        assert activations is not None
+        for written in _run_all(_steps(layout, tensors, activations.numpy(), file.fileno()), threads):
+            done += written.size
+            inexact[written.tensor] += written.inexact
+            progress.advance(done, total)
+    if inexact := +inexact:
+        progress.warn(_rounded(inexact))
+
+
+def _rounded(inexact: Counter[str]) -> str:
+    (name, count), *others = inexact.most_common()
+    more = f" and {inexact.total() - count} of {len(others)} other tensors" if others else ""
+    return (
+        f"{count} blocks of {name}{more} do not keep the checkpoint's own quantisation exactly: their offsets are "
+        "rounded, which changes a weight in its last digits."
+    )
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What a step did. size: bytes; inexact: blocks whose values are not those of the checkpoint's own blocks."""
+
+    tensor: str
+    size: int
+    inexact: int
 
 
 @dataclass(frozen=True)
 class _Step:
-    """Rows [start, stop) of one checkpoint tensor, to be written from `row` on in the regions of its weight."""
+    """Rows [start, stop) of one checkpoint tensor, to be written from `row` on in the regions of its weight.
+
+    activations: the dtype that the graph computes in, to which stored values are cast.
+    """
 
     tensor: SourceTensor
     format: Format
+    activations: np.dtype[np.generic]
     regions: Mapping[Role, Region]
     start: int
     stop: int
     row: int
     file: int
 
-    def run(self) -> int:
-        """Do it, and return the bytes written."""
-        return sum(self._put(role, data) for role, data in self._encode().items())
+    def run(self) -> _Written:
+        encoded, inexact = self._blocks() if self.format.quantised else (self._values(), 0)
+        return _Written(self.tensor.name, sum(self._put(role, data) for role, data in encoded.items()), inexact)
 
-    def _encode(self) -> dict[Role, npt.NDArray[np.generic]]:
-        if not self.format.quantised:
-            rows = self.tensor.read(self.start, self.stop)
-            self._check_finite(rows)
-            return {"values": to_dense(rows, self.format)}
-        blocks = blocks_of(self.tensor, self.format)(self.start, self.stop)
-        self._check_finite(blocks.scales)
-        blocks = round_scales(blocks, self.regions["scales"].dtype)
+    def _values(self) -> dict[Role, npt.NDArray[np.generic]]:
+        rows = self.tensor.read(self.start, self.stop)
+        self._check_finite(rows)
+        values = to_dense(rows, self.format)
+        for dtype in {values.dtype, self.activations} - {rows.dtype}:
+            self._check_fits(rows, dtype)
+        return {"values": values}
+
+    def _blocks(self) -> tuple[dict[Role, npt.NDArray[np.generic]], int]:
+        read, stored = blocks_of(self.tensor, self.format)(self.start, self.stop), self.regions["scales"].dtype
+        blocks = round_scales(read, stored)
         encoded: dict[Role, npt.NDArray[np.generic]] = {"codes": pack(blocks), "scales": blocks.scales}
-        if blocks.offsets is not None:
-            self._check_finite(blocks.offsets)
-            encoded["offsets"] = blocks.offsets
-        return encoded
+        self._check_finite(read.scales)
+        self._check_fits(read.scales, stored)
+        if read.offsets is None or blocks.offsets is None:
+            return encoded, 0
+        self._check_finite(read.offsets)
+        self._check_fits(read.offsets, stored)
+        return {**encoded, "offsets": blocks.offsets}, self._inexact(read, blocks)
+
+    def _inexact(self, read: Blocks, stored: Blocks) -> int:
+        rounded = int(np.count_nonzero(stored.offsets != read.offsets))
+        return rounded or inexact_blocks(self.tensor, read, self.start)
 
     def _put(self, role: Role, data: npt.NDArray[np.generic]) -> int:
         region = self.regions[role]
@@ -159,8 +199,20 @@ class _Step:
                 f"{self.stop - 1}; a Llama's weights are finite, so the file is damaged or its training diverged."
             )
 
+    def _check_fits(self, values: Float32, dtype: npt.DTypeLike) -> None:
+        with np.errstate(over="ignore"):
+            if np.isfinite(values.astype(dtype)).all():
+                return
+        raise LlamaExportError(
+            f"The checkpoint's tensor {self.tensor.name} holds numbers up to {np.abs(values).max():.3g} in rows "
+            f"{self.start} to {self.stop - 1}, which do not fit {np.dtype(dtype).name}; use --precision fp32 with "
+            "-t cpu, which computes in float32."
+        )
 
-def _steps(layout: Layout, tensors: Mapping[str, SourceTensor], file: int) -> Iterator[_Step]:
+
+def _steps(
+    layout: Layout, tensors: Mapping[str, SourceTensor], activations: np.dtype[np.generic], file: int
+) -> Iterator[_Step]:
     """The work in the order of the file: each weight once, whichever of its regions comes first."""
     weights: dict[tuple[tuple[str, ...], Format], dict[Role, Region]] = {}
     for content, region in layout.regions.items():
@@ -173,24 +225,21 @@ def _steps(layout: Layout, tensors: Mapping[str, SourceTensor], file: int) -> It
             step = max(1, _STEP // columns)
             for start in range(0, rows, step):
                 stop = min(rows, start + step)
-                yield _Step(tensor, format, regions, start, stop, row + start, file)
+                yield _Step(tensor, format, activations, regions, start, stop, row + start, file)
             row += rows
 
 
-def _run_all(steps: Iterator[_Step], threads: int, progress: Progress, total: int) -> None:
-    done = 0
+def _run_all(steps: Iterator[_Step], threads: int) -> Iterator[_Written]:
+    """Run the steps, `threads` at a time, and yield what each did as it ends."""
     with ThreadPoolExecutor(threads, thread_name_prefix="weights") as pool:
-        running = set()
+        running: set[Future[_Written]] = set()
         try:
             for step in steps:
                 running.add(pool.submit(step.run))
                 if len(running) > threads:  # one waiting, so that none idles; more would only hold memory
                     finished, running = wait(running, return_when=FIRST_COMPLETED)
-                    done += sum(future.result() for future in finished)
-                    progress.advance(done, total)
-            for future in running:
-                done += future.result()
-                progress.advance(done, total)
+                    yield from (future.result() for future in finished)
+            yield from (future.result() for future in running)
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise

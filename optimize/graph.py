@@ -10,6 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 INV_FREQ = "model.rotary_emb.inv_freq"
+ROTARY_TABLES = ("cos_cache", "sin_cache")
 MICROSOFT = "com.microsoft"
 
 

@@ -171,7 +171,7 @@ class OnnxRuntimeBackend:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
-            raise _one_sentence(self._ort, "cannot run the model", error) from error
+            raise one_sentence(self._ort, "cannot run the model", error) from error
         self.length = total  # only now: an interrupted run leaves the sequence as it was
 
     def _bind(self) -> Any:
@@ -239,6 +239,7 @@ def _device(ort: Any, manifest: Manifest) -> str:
 
 def open_session(ort: Any, bundle: Bundle, model: Path | bytes, threads: int) -> Any:
     """Load a graph for `bundle`: its own by path, or another as bytes whose weights are in the bundle's folder."""
+    _device(ort, bundle.manifest)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -251,7 +252,7 @@ def open_session(ort: Any, bundle: Bundle, model: Path | bytes, threads: int) ->
     try:
         session = ort.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=providers)
     except Exception as error:
-        raise _one_sentence(ort, f"cannot load the model of {bundle.path}", error) from error
+        raise one_sentence(ort, f"cannot load the model of {bundle.path}", error) from error
     if providers[0] not in session.get_providers():
         raise LlamaExportError(
             f"onnxruntime {ort.__version__} has {providers[0]}, but could not start it here; "
@@ -288,7 +289,7 @@ def _fits(dims: Sequence[object], expected: Sequence[int | None]) -> bool:
     )
 
 
-def _one_sentence(ort: Any, what: str, error: Exception) -> LlamaExportError:
+def one_sentence(ort: Any, what: str, error: Exception) -> LlamaExportError:
     """Return ONNX Runtime's exception as ours, its message cut to the first line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return LlamaExportError(f"onnxruntime {ort.__version__} {what}: {lines[0][:400]}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from .backend import import_onnxruntime, open_session
+from .backend import import_onnxruntime, one_sentence, open_session
 from .bundle import Bundle
 
 Float32 = npt.NDArray[np.float32]
@@ -23,7 +23,8 @@ class BatchReplay:
 
     def __init__(self, bundle: Bundle, rows: int, *, model: Path | bytes, threads: int) -> None:
         shape = bundle.manifest.shape
-        self._session = open_session(import_onnxruntime(bundle.manifest), bundle, model, threads)
+        self._ort = import_onnxruntime(bundle.manifest)
+        self._session = open_session(self._ort, bundle, model, threads)
         empty = np.zeros((rows, shape.kv_heads, 0, shape.head_dim), np.dtype(shape.cache_dtype))
         self._past = [empty] * (2 * shape.layers)
         self._names = [f"past_key_values.{layer}.{part}" for layer in range(shape.layers) for part in ("key", "value")]
@@ -40,5 +41,8 @@ class BatchReplay:
             "logits_to_keep": np.array([count], np.int64),
             **dict(zip(self._names, self._past, strict=True)),
         }
-        logits, *self._past = self._session.run(self._outputs, feeds)
+        try:
+            logits, *self._past = self._session.run(self._outputs, feeds)
+        except Exception as error:
+            raise one_sentence(self._ort, "cannot run the model", error) from error
         return logits.astype(np.float32, copy=False)  # type: ignore[no-any-return]

@@ -54,7 +54,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class WeightRecord:
-    """One checkpoint tensor as PyTorch used it, and where the bundle stores it.
+    """One tensor as PyTorch used it, and where the bundle stores it.
 
     format: name of the stored format. initializers: by role (values; or codes, scales, offsets). row: of its first row
     in them. shape: of the tensor. sha256: of its dequantised float32 values, row by row. norm: square root of the sum
@@ -72,7 +72,9 @@ class WeightRecord:
 
 @dataclass(frozen=True)
 class Index:
-    """reference.json. vocab: size of the logits; tools: versions of what computed them."""
+    """reference.json. vocab: size of the logits; weights: the checkpoint's tensors; tables: cos and sin of the rotary
+    embedding; tools: versions of what computed them.
+    """
 
     schema_version: int
     model_id: str
@@ -80,6 +82,7 @@ class Index:
     vocab: int
     prompts: tuple[Prompt, ...]
     weights: tuple[WeightRecord, ...]
+    tables: tuple[WeightRecord, ...]
     tools: Mapping[str, str]
 
 
@@ -213,7 +216,7 @@ def _problems(index: Index) -> Iterator[str]:
             yield f"a prompt {prompt.name!r} out of range"
     if not index.weights:
         yield "no weights"
-    for weight in index.weights:
+    for weight in (*index.weights, *index.tables):
         if not weight.shape or min(weight.shape) < 1 or weight.row < 0:
             yield f"a weight {weight.name!r} out of range"
     if _positions(index) * _ROW_BYTES > _MAX_BYTES:

@@ -165,7 +165,7 @@ def _weights(bundle: Bundle, reference: Reference, progress: Progress, threads: 
     def advance(done: int, total: int) -> None:
         progress.advance(4 * done, 4 * total)
 
-    records = reference.index.weights
+    records = (*reference.index.weights, *reference.index.tables)
     different = compare_weights(bundle.path, records, advance, threads)
     told = [
         f"{one.name}: the root of the sum of squares is {one.norm:.6g}, PyTorch's is {one.expected_norm:.6g}"

@@ -6,6 +6,7 @@ This decodes the data file from the format's definition and shares no code with 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,10 +40,12 @@ def compare_weights(
 ) -> list[WeightDifference]:
     """The tensors of the bundle whose dequantised values differ from the recorded ones in any bit.
 
-    advance: told values done and values in all. Raises LlamaExportError when the records do not fit the bundle's files.
+    advance: told values done and values in all. Raises LlamaExportError when the records do not fit the bundle's files,
+    or leave a row of them out.
     """
     data = bundle / DATA_FILE
     initializers = external_initializers((bundle / "model.onnx").read_bytes(), data.stat().st_size)
+    _refuse_unrecorded(records, initializers)
     total, done = sum(int(np.prod(record.shape)) for record in records), 0
     differences = []
     with data.open("rb") as file, ThreadPoolExecutor(threads) as pool:
@@ -55,8 +58,27 @@ def compare_weights(
     return differences
 
 
+def _refuse_unrecorded(records: tuple[WeightRecord, ...], initializers: Mapping[str, Initializer]) -> None:
+    """Rows without a record could hold anything. Places count, not names: a tied embedding and head are two names."""
+    rows: Counter[int] = Counter()
+    for record in records:
+        for name in record.initializers.values():
+            rows[_initializer(record, name, initializers).offset] += record.shape[0]
+    for name, stored in initializers.items():
+        if stored.shape[:1] != (rows[stored.offset],):
+            raise LlamaExportError(
+                f"The reference does not say what all of {name!r} should hold; build the bundle again."
+            )
+
+
 def _compare(record: WeightRecord, initializers: Mapping[str, Initializer], file: int) -> WeightDifference | None:
-    digest, norm = fingerprint(_rows(record, initializers, file))
+    try:
+        digest, norm = fingerprint(_rows(record, initializers, file))
+    except (KeyError, ValueError) as error:
+        raise LlamaExportError(
+            f"model.onnx does not store {record.name} as {record.format}, as the reference says; build the bundle "
+            "again."
+        ) from error
     return None if digest == record.sha256 else WeightDifference(record.name, norm, record.norm)
 
 
@@ -71,7 +93,11 @@ def _rows(record: WeightRecord, initializers: Mapping[str, Initializer], file: i
     for start in range(0, rows, step):
         stop = min(rows, start + step)
         parts = {role: _read(tensor, record.row + start, record.row + stop, file) for role, tensor in stored.items()}
-        yield decode(parts)[:, :columns]
+        with np.errstate(over="ignore", invalid="ignore"):  # damage shows in the comparison
+            values = decode(parts)
+        if not 0 <= values.shape[1] - columns < (_BLOCK if "codes" in parts else 1):
+            raise ValueError(f"rows of {values.shape[1]} values")
+        yield values[:, :columns]
 
 
 def _initializer(record: WeightRecord, name: str, initializers: Mapping[str, Initializer]) -> Initializer:

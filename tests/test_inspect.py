@@ -93,7 +93,7 @@ def test_parameters_are_counted_by_format_where_there_is_a_reference(bundle: Pat
     weights = tuple(
         WeightRecord(name, format, shape, 0, {"codes": name}, "0" * 64, 1.0) for name, (format, shape) in stored.items()
     )
-    index = Index(1, "someone/Some-135M", None, 5, (Prompt("one", "a", (1, 2), 1, 1),), weights, {})
+    index = Index(1, "someone/Some-135M", None, 5, (Prompt("one", "a", (1, 2), 1, 1),), weights, (), {})
     save_reference(Reference(index, compress(np.zeros((2, 5), np.float32))), bundle)
     seal(bundle, MANIFEST)
     assert inspection.to_json(open_bundle(bundle))["derived"]["parameters"] == {"int4": 1_200_000, "fp32": 300}

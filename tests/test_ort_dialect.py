@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from llama_export.export.canonical import canonical
-from llama_export.export.trace import rotary
+from llama_export.export.trace import rotary_tables
 from llama_export.optimize.formats import PRECISIONS, plan_formats
 from llama_export.optimize.ort import OrtOptions, lower
 from llama_export.optimize.ort.attention import lower_attention
@@ -33,6 +33,7 @@ from support.graphs import (
 )
 
 CONTEXT = 64
+TABLES = (np.ones((CONTEXT, 16), np.float32), np.ones((CONTEXT, 16), np.float32))
 
 
 def ops(graph: ir.Model) -> Counter[str]:
@@ -116,8 +117,7 @@ def test_mixed_formats_keep_projections_apart(tmp_path: Path) -> None:
     formats = plan_formats(tensors, "int4")
     graph = canonical(model.config, context=CONTEXT)
     mixed = {**formats, **{name: PRECISIONS["int8"] for name in formats if "v_proj" in name}}
-    frequencies, scaling = rotary(model.config)
-    lower(graph, OrtOptions(mixed, frequencies.numpy(), scaling, CONTEXT, 0))
+    lower(graph, OrtOptions(mixed, rotary_tables(model.config, CONTEXT), 0))
     attention = next(node for node in graph.graph if node.op_type == "GroupQueryAttention")
     assert all(value is not None for value in attention.inputs[:3])
     assert ops(graph)["MatMulNBits"] == 3 * 5 + 1
@@ -127,8 +127,7 @@ def full_lowering(**changes: object) -> ir.Model:
     config = llama(**changes).config
     graph = canonical(config, context=CONTEXT)
     formats = plan_formats(source_tensors(llama(**changes)), "int4")
-    frequencies, scaling = rotary(config)
-    lower(graph, OrtOptions(formats, frequencies.numpy(), scaling, CONTEXT, 4))
+    lower(graph, OrtOptions(formats, rotary_tables(config, CONTEXT), 4))
     return graph
 
 
@@ -197,7 +196,8 @@ def graph() -> ir.Model:
 
 
 def test_lower_attention(graph: ir.Model) -> None:
-    lower_attention(graph, np.ones(16, np.float32), 1.5, CONTEXT)
+    tables = tuple(np.random.default_rng(0).standard_normal((2, CONTEXT, 16)).astype(np.float32))
+    lower_attention(graph, tables)
     found = ops(graph)
     assert found["GroupQueryAttention"] == 1
     assert not {"Attention", "TensorScatter", "RotaryEmbedding", "Cos", "LessOrEqual"} & set(found)
@@ -208,9 +208,8 @@ def test_lower_attention(graph: ir.Model) -> None:
         "past_key_values.0.value",
     ]
     assert [value.name for value in graph.graph.outputs] == ["logits", "present.0.key", "present.0.value"]
-    table = graph.graph.initializers["cos_cache"].const_value.numpy()
-    assert table.shape == (CONTEXT, 16)
-    assert np.allclose(table[:, 3], 1.5 * np.cos(np.arange(CONTEXT)), atol=1e-6)
+    for name, table in zip(("cos_cache", "sin_cache"), tables, strict=True):
+        assert (graph.graph.initializers[name].const_value.numpy() == table).all()
 
 
 def test_pack_linears_splits_what_it_joins(graph: ir.Model) -> None:
@@ -224,7 +223,7 @@ def test_pack_linears_splits_what_it_joins(graph: ir.Model) -> None:
 
 
 def test_pack_qkv_needs_one_projection(graph: ir.Model) -> None:
-    lower_attention(graph, np.ones(16, np.float32), 1.0, CONTEXT)
+    lower_attention(graph, TABLES)
     pack_qkv(graph)
     attention = next(node for node in graph.graph if node.op_type == "GroupQueryAttention")
     assert attention.inputs[1] is not None
@@ -250,7 +249,7 @@ def test_linears_compute_in_the_given_accuracy(graph: ir.Model) -> None:
 
 
 def test_last_positions_sit_before_the_head(graph: ir.Model) -> None:
-    lower_attention(graph, np.ones(16, np.float32), 1.0, CONTEXT)
+    lower_attention(graph, TABLES)
     keep_last_positions(graph)
     head = graph.graph.outputs[0].producer()
     assert head.inputs[0].producer().op_type == "GatherND"

@@ -160,7 +160,7 @@ def small_reference(**changes: Any) -> Reference:
     logits = np.random.default_rng(0).standard_normal((6, 70)).astype(np.float32)
     weight = WeightRecord("w", "int4", (3, 40), 0, {"codes": "w.codes", "scales": "w.scales"}, "0" * 64, 1.5)
     prompts = (Prompt("a", "text", (1, 2, 3), 2, 1), Prompt("b", "téxt 🙂", (4, 5, 69), 2, 0))
-    index = Index(1, "org/tiny", None, 70, prompts, (weight,), {"torch": "2.13.0"})
+    index = Index(1, "org/tiny", None, 70, prompts, (weight,), (), {"torch": "2.13.0"})
     return Reference(dataclasses.replace(index, **changes), compress(logits))
 
 

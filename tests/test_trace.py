@@ -9,8 +9,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from llama_export.export.canonical import canonical
-from llama_export.export.trace import trace
+from llama_export.export.trace import rotary_tables, trace
 from llama_export.optimize.fuse import fuse
 from llama_export.optimize.fuse.rms_norm import fuse_rms_norm
 from llama_export.optimize.fuse.rotary import fuse_rotary
@@ -18,6 +19,7 @@ from llama_export.optimize.fuse.simplify import simplify
 from llama_export.optimize.fuse.static_reshape import fuse_static_reshape
 from llama_export.optimize.stamp import stamp
 from support.graphs import VARIANTS, llama, logits_of, session, source_tensors
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 CONTEXT = 48
 
@@ -122,6 +124,22 @@ def test_tracing_allocates_no_weights() -> None:
     graph = canonical(config, context=CONTEXT)
     assert list(graph.graph.initializers["model.layers.2.mlp.up_proj.weight"].shape) == [28672, 8192]
     assert graph.graph.initializers["model.layers.2.mlp.up_proj.weight"].const_value is None
+
+
+@pytest.mark.parametrize("variant", ["grouped", "yarn", "llama3-rope"])
+def test_rotary_tables_are_transformers_own(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Position by position, however many are computed at a time."""
+    config = llama(**VARIANTS[variant]).config
+    monkeypatch.setattr("llama_export.export.trace._POSITIONS", 7)
+    tables = rotary_tables(config, CONTEXT)
+    embedding = LlamaRotaryEmbedding(config)
+    for position in (0, 1, 6, 7, CONTEXT - 1):
+        expected = embedding(torch.empty(0), torch.tensor([[position]]))
+        for table, both_halves in zip(tables, expected, strict=True):
+            assert table.shape == (CONTEXT, config.head_dim // 2)
+            assert np.abs(np.tile(table[position], 2) - both_halves[0, 0].numpy()).max() < 1e-7
+    norms = np.square(tables).sum(axis=0)
+    assert norms == pytest.approx(np.full_like(norms, embedding.attention_scaling**2), rel=1e-5)
 
 
 def traced() -> ir.Model:

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from llama_export.errors import LlamaExportError
 from llama_export.export.canonical import canonical
-from llama_export.export.trace import rotary
+from llama_export.export.trace import rotary_tables
 from llama_export.export.write import lay_out, placements, write_data
 from llama_export.optimize.formats import plan_formats
 from llama_export.optimize.ort import OrtOptions, lower
@@ -83,16 +83,14 @@ def test_a_1b_llama_in_int4_stays_below_810_mb() -> None:
         for name, value in graph.graph.initializers.items()
         if value.const_value is None
     }
-    frequencies, scaling = rotary(config)
-    lower(graph, OrtOptions(plan_formats(tensors, "int4"), frequencies.numpy(), scaling, 131072, 4))
+    lower(graph, OrtOptions(plan_formats(tensors, "int4"), rotary_tables(config, 131072), 4))
     assert 770e6 < lay_out(graph).size < 810e6
 
 
 def lowered_graph(model: object, precision: str = "int4") -> object:
     graph = canonical(model.config, context=CONTEXT)
-    frequencies, scaling = rotary(model.config)
     formats = plan_formats(source_tensors(model), precision)
-    lower(graph, OrtOptions(formats, frequencies.numpy(), scaling, CONTEXT, 0))
+    lower(graph, OrtOptions(formats, rotary_tables(model.config, CONTEXT), 0))
     return graph
 
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from ..formats import Format
+from ..tensors import Float32
 from .attention import lower_attention
 from .embedding import lower_embedding
 from .last_positions import keep_last_positions
@@ -30,21 +29,18 @@ MINIMUM_ONNXRUNTIME = "1.23.2"
 
 @dataclass(frozen=True)
 class OrtOptions:
-    """formats: how each checkpoint tensor is stored. frequencies: float32 [head_dim / 2] and the factor on cos and sin
-    of the rotary tables, which reach to `context` positions. accuracy_level: MatMulNBits' (4: int8 activations; 0: as
-    the inputs).
+    """formats: how each checkpoint tensor is stored. rotary: tables of cos and sin [context, head_dim / 2].
+    accuracy_level: MatMulNBits' (4: int8 activations; 0: as the inputs).
     """
 
     formats: Mapping[str, Format]
-    frequencies: npt.NDArray[np.float32]
-    attention_scaling: float
-    context: int
+    rotary: tuple[Float32, Float32]
     accuracy_level: int
 
 
 def lower(model: ir.Model, options: OrtOptions) -> None:
     """Lower the canonical graph in place; leaves every weight described by `stored.Stored`, none with values."""
-    lower_attention(model, options.frequencies, options.attention_scaling, options.context)
+    lower_attention(model, options.rotary)
     pack_linears(model, options.formats)
     pack_qkv(model)
     keep_last_positions(model)

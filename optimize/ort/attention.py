@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from ..graph import MICROSOFT, Recorder, add_initializer, ints, nodes_of, producer
+from ..graph import MICROSOFT, ROTARY_TABLES, Recorder, add_initializer, ints, nodes_of, producer
+from ..tensors import Float32
 from .odd_heads import cache_head_dim, positions_of, resized, takes_head
 
 
-def lower_attention(model: ir.Model, frequencies: npt.NDArray[np.float32], scaling: float, context: int) -> None:
+def lower_attention(model: ir.Model, rotary: tuple[Float32, Float32]) -> None:
     """Needs the canonical graph; leaves GroupQueryAttention with separate queries, keys and values [batch, sequence,
     width].
 
     `position_ids` and the mask made of them go; `attention_mask` [batch, total_sequence] comes: row lengths are its
     sums (contrib op GroupQueryAttention: seqlens_k is the last valid index of each row). The cache becomes as long as
-    the caller's buffer. Rotary tables cover `context` positions, in the dtype of the activations.
+    the caller's buffer. rotary: the tables of cos and sin [context, head_dim / 2]; stored in the dtype of the
+    activations.
     """
     graph = model.graph
     dtype = graph.outputs[0].dtype
     assert dtype is not None
     lengths, total = _lengths(model)
-    angles = np.arange(context, dtype=np.float32)[:, None] * frequencies[None, :]
     tables = [
-        add_initializer(graph, name, (function(angles) * np.float32(scaling)).astype(dtype.numpy()))
-        for name, function in (("cos_cache", np.cos), ("sin_cache", np.sin))
+        add_initializer(graph, name, table.astype(dtype.numpy()))
+        for name, table in zip(ROTARY_TABLES, rotary, strict=True)
     ]
     positions = None
-    if not takes_head(2 * len(frequencies)):
+    if not takes_head(2 * rotary[0].shape[1]):
         record = Recorder("positions")
         positions = positions_of(graph, record)
         graph.insert_before(graph[0], record.nodes)

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import torch
-from llama_export.export.trace import rotary
+from llama_export.export.trace import rotary_tables
 from llama_export.export.write import lay_out, refer, write_data
 from llama_export.optimize.formats import Format, plan_formats
 from llama_export.optimize.ort import OrtOptions, lower
@@ -122,8 +122,7 @@ def lowered(
 ) -> dict[str, Format]:
     """Lower to the `ort` dialect and write the files into `folder`; return the formats."""
     formats = plan_formats(tensors, precision)
-    frequencies, scaling = rotary(config)
-    lower(canonical, OrtOptions(formats, frequencies.numpy(), scaling, context, accuracy_level))
+    lower(canonical, OrtOptions(formats, rotary_tables(config, context), accuracy_level))
     layout = lay_out(canonical)
     write_data(canonical, layout, tensors, folder, Silent(), threads=2)
     refer(canonical, layout, folder)
