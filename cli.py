@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from . import __version__
-from .cli_support import Group, configurable_commands, json_option, need_extra, quiet_option
+from .cli_support import Group, configurable_commands, json_option, need_build_machine, need_extra, quiet_option
 from .progress import Terminal
 from .settings import settings_problem
 
@@ -43,6 +43,7 @@ def main() -> None:
 @quiet_option
 def build(*, no_reference: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Turn a checkpoint into a bundle for a target."""
+    need_build_machine()
     need_extra("build,cpu", ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"), "Building a bundle")
     from .pipeline import BuildOptions
     from .pipeline import build as build_bundle

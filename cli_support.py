@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import platform
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -131,6 +133,16 @@ def json_option(function: _Function) -> _Function:
 def quiet_option(function: _Function) -> _Function:
     """The flag `--quiet`: nothing on stderr but warnings and errors."""
     return click.option("-q", "--quiet", is_flag=True, help="No progress, only warnings and errors.")(function)
+
+
+def need_build_machine() -> None:
+    """Raise LlamaExportError where building does not work at all, whatever is installed."""
+    if os.name == "posix" and sys.version_info >= (3, 11):
+        return
+    raise LlamaExportError(
+        f"Building needs Linux or macOS and Python 3.11 or newer, but this is {platform.system()} with Python "
+        f"{platform.python_version()}; build on another machine and copy the bundle here."
+    )
 
 
 def need_extra(extra: str, modules: Iterable[str], purpose: str) -> None:

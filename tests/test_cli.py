@@ -36,6 +36,7 @@ def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     module = ModuleType("llama_export.pipeline")
     module.__dict__.update(build=build, BuildOptions=SimpleNamespace)
     monkeypatch.setitem(sys.modules, "llama_export.pipeline", module)
+    monkeypatch.setattr(cli, "need_build_machine", lambda: None)
     monkeypatch.setattr(cli, "need_extra", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     return seen
@@ -126,7 +127,19 @@ def test_results_go_to_stdout_and_progress_to_stderr(builds: list[Any]) -> None:
     assert quiet.stderr == "Warning: The licence is unknown.\n"
 
 
+@pytest.mark.parametrize(("system", "version"), [("nt", (3, 12)), ("posix", (3, 10))])
+def test_machines_that_cannot_build_are_told_so(
+    monkeypatch: pytest.MonkeyPatch, system: str, version: tuple[int, int]
+) -> None:
+    monkeypatch.setattr("llama_export.cli_support.os", SimpleNamespace(name=system))
+    monkeypatch.setattr("llama_export.cli_support.sys", SimpleNamespace(version_info=version))
+    result = call("build", "-m", "m", "-t", "cpu", "-o", "out")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: Building needs Linux or macOS and Python 3.11 or newer, but this is ")
+
+
 def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "need_build_machine", lambda: None)
     monkeypatch.setattr("llama_export.cli_support.importlib.util.find_spec", lambda name: name != "torch" or None)
     result = call("build", "-m", "m", "-t", "cpu", "-o", "out")
     assert result.exit_code == 1
