@@ -17,6 +17,7 @@ import numpy.typing as npt
 from ..errors import LlamaExportError, UsageError
 from .bundle import Bundle, Manifest
 from .cache import lazy_zeros
+from .huge_pages import gather_in_background
 from .requirements import require
 from .threads import physical_cores
 
@@ -99,6 +100,7 @@ class OnnxRuntimeBackend:
         self._last = np.zeros((1, 1, self.vocab), self._logits_dtype)
         self._cache = self._make_cache(manifest)
         self._binding = self._bind()
+        gather_in_background()
 
     def extend(self, ids: TokenIds, keep: int = 1) -> Float32:
         """Append tokens, a chunk at a time; see `Backend.extend`.

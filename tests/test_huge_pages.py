@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from llama_export.runtime import huge_pages
 
 MB = 1 << 20
@@ -45,7 +44,7 @@ def test_memory_keeps_its_content_and_refusing_memory_stays_as_it_is() -> None:
     gained = huge_kilobytes() - before
     release = tuple(int(part) for part in re.findall(r"\d+", Path("/proc/sys/kernel/osrelease").read_text())[:2])
     enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if release < (6, 1) or not enabled.is_file() or "[never]" in enabled.read_text() or gained == 0:
+    if release < (6, 1) or not enabled.is_file() or "[never]" in enabled.read_text():
         pytest.skip("this kernel gathers no huge pages on request")
     assert 16 * 1024 < gained < 512 * 1024
 
