@@ -12,7 +12,16 @@ from typing import Any
 import click
 
 from . import __version__
-from .cli_support import Group, configurable_commands, json_option, need_build_machine, need_extra, quiet_option
+from .cli_support import (
+    Group,
+    configurable_commands,
+    echo_lines,
+    json_option,
+    need_build_machine,
+    need_extra,
+    quiet_option,
+    threads_option,
+)
 from .progress import Terminal
 from .settings import settings_problem
 
@@ -50,13 +59,16 @@ def build(*, no_reference: bool, as_json: bool, quiet: bool, **options: Any) -> 
 
     with Terminal(quiet=quiet) as progress:
         report = build_bundle(BuildOptions(reference=not no_reference, **options), progress=progress)
-    click.echo(json.dumps(report.to_json(), indent=2) if as_json else "\n".join(report.lines()))
+    if as_json:
+        click.echo(json.dumps(report.to_json(), indent=2))
+    else:
+        echo_lines(report.lines())
 
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--no-hash", is_flag=True, help="Leave out the files' hashes: only weights and logits are compared.")
-@click.option("--threads", type=click.IntRange(min=1), help="Default: the physical cores.")
+@threads_option
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path, allow_dash=True), help="Write the verdict; - prints."
 )
@@ -69,9 +81,12 @@ def verify(bundle: Path, no_hash: bool, threads: int | None, json_file: Path | N
     with Terminal(quiet=quiet) as progress:
         verdict = replay(open_bundle(bundle), check_hashes=not no_hash, threads=threads, progress=progress)
     text = json.dumps(verdict.to_json(), indent=2)
-    if json_file is not None and str(json_file) != "-":
-        json_file.write_text(text + "\n", encoding="utf-8")
-    click.echo(text if str(json_file) == "-" else "\n".join(verdict.lines()))
+    if str(json_file) == "-":
+        click.echo(text)
+    else:
+        echo_lines(verdict.lines())
+        if json_file is not None:
+            json_file.write_text(text + "\n", encoding="utf-8")
     if not verdict.passed:
         raise SystemExit(1)
 
@@ -89,8 +104,7 @@ def targets(name: str | None, as_json: bool) -> None:
         facts = [listing.to_json(target) for target in found]
         click.echo(json.dumps(facts[0] if name else facts, indent=2))
     else:
-        lines = listing.detail_lines(load_target(name)) if name else listing.table_lines(listing.all_targets())
-        click.echo("\n".join(lines))
+        echo_lines(listing.detail_lines(load_target(name)) if name else listing.table_lines(listing.all_targets()))
 
 
 @main.command()
@@ -102,7 +116,10 @@ def inspect(bundle: Path, as_json: bool) -> None:
     from .runtime.bundle import open_bundle
 
     opened = open_bundle(bundle)
-    click.echo(json.dumps(inspection.to_json(opened), indent=2) if as_json else "\n".join(inspection.lines(opened)))
+    if as_json:
+        click.echo(json.dumps(inspection.to_json(opened), indent=2))
+    else:
+        echo_lines(inspection.lines(opened))
 
 
 @main.command(uses_settings=False)
@@ -113,7 +130,10 @@ def doctor(context: click.Context, as_json: bool) -> None:
     from . import doctor as examination
 
     found = examination.examine(settings_problem(configurable_commands(context), Path.cwd()))
-    click.echo(json.dumps(examination.to_json(found), indent=2) if as_json else "\n".join(examination.lines(found)))
+    if as_json:
+        click.echo(json.dumps(examination.to_json(found), indent=2))
+    else:
+        echo_lines(examination.lines(found))
 
 
 @main.command()
@@ -129,7 +149,7 @@ def doctor(context: click.Context, as_json: bool) -> None:
 @click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1: say less again.")
 @click.option("--seed", type=int, help="Of the random numbers: the same seed, the same text.")
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="To compute with; default: the physical cores.")
+@threads_option
 @click.option("--check-hashes", is_flag=True, help="Compare every file with the manifest again.")
 @json_option
 @quiet_option

@@ -14,7 +14,9 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from .errors import LlamaExportError, did_you_mean
+from .runtime.threads import MAX_THREADS
 from .settings import command_defaults
+from .tables import plain
 
 _DEBUG = "llama_export.debug"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -24,7 +26,7 @@ class Failure(click.ClickException):
     """An error on its way to the user: click prints "Error: message" on stderr and exits with `code`."""
 
     def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
+        super().__init__(plain(message))
         self.exit_code = code  # type: ignore[misc]  # click declares it for the class, and reads it from the instance
 
 
@@ -125,6 +127,11 @@ def _fail(ctx: click.Context, message: str, code: int) -> NoReturn:
     raise Failure(message, code) from None
 
 
+def echo_lines(lines: Iterable[str]) -> None:
+    """Print lines for people on stdout; parts of them may come from a checkpoint or a bundle."""
+    click.echo("\n".join(map(plain, lines)))
+
+
 def json_option(function: _Function) -> _Function:
     """The flag `--json` as the argument `as_json`: the result as one JSON document on stdout."""
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
@@ -133,6 +140,12 @@ def json_option(function: _Function) -> _Function:
 def quiet_option(function: _Function) -> _Function:
     """The flag `--quiet`: nothing on stderr but warnings and errors."""
     return click.option("-q", "--quiet", is_flag=True, help="No progress, only warnings and errors.")(function)
+
+
+def threads_option(function: _Function) -> _Function:
+    """The option `--threads` as the argument `threads`, which is None where it is not given."""
+    threads = click.IntRange(1, MAX_THREADS)
+    return click.option("--threads", type=threads, help="To compute with; default: the physical cores.")(function)
 
 
 def need_build_machine() -> None:

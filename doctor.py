@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from .installed import BASE, Package, installed_version, packages_by_extra, untested_versions
+from .runtime.bundle import CUDA_PROVIDER
 from .runtime.hashes import cache_folder
-from .runtime.threads import physical_cores
+from .runtime.threads import physical_cores, usable_cpus
 from .tables import columns, size
 from .targets.host import Machine, host_target, read_machine
 
@@ -37,9 +39,12 @@ class OnnxRuntime:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Everything that was looked at. python: major, minor, micro; free: bytes by folder; variables: only those set."""
+    """Everything that was looked at. cpus: logical ones, on `cores`; python: major, minor, micro; free: bytes by
+    folder; variables: only those set.
+    """
 
     machine: Machine
+    cpus: int
     cores: int
     python: tuple[int, int, int]
     packages: Mapping[str, tuple[Package, ...]]
@@ -52,7 +57,7 @@ class Surroundings:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Finding:
     """What a machine can or cannot do; remedy: what to do about it, empty when it can."""
 
     able: bool
@@ -64,6 +69,7 @@ def examine(settings_error: str | None = None) -> Surroundings:
     """Look at this machine; imports onnxruntime, and nothing else that is heavy."""
     return Surroundings(
         machine=read_machine(),
+        cpus=len(usable_cpus()),
         cores=physical_cores(),
         python=sys.version_info[:3],
         packages=packages_by_extra(),
@@ -76,7 +82,7 @@ def examine(settings_error: str | None = None) -> Surroundings:
     )
 
 
-def verdicts(found: Surroundings) -> list[Verdict]:
+def verdicts(found: Surroundings) -> list[Finding]:
     """What this machine can do, then what is wrong with it."""
     return [_build_verdict(found), *_run_verdicts(found), *_problems(found)]
 
@@ -107,37 +113,37 @@ def to_json(found: Surroundings) -> dict[str, Any]:
     return {**as_dicts, "packages": packages, "verdicts": [dataclasses.asdict(verdict) for verdict in verdicts(found)]}
 
 
-def _build_verdict(found: Surroundings) -> Verdict:
+def _build_verdict(found: Surroundings) -> Finding:
     oldest, newest = BUILD_PYTHON
     version = ".".join(map(str, found.python))
     if found.python[:2] < oldest:
-        return Verdict(
+        return Finding(
             False, f"build: Python {version} is too old", "Use Python 3.11 to 3.13 to build; this one can run."
         )
     missing = [str(package) for package in found.packages.get("build", ()) if not package.fits]
     if missing:
-        return Verdict(False, f"build: {', '.join(missing)}", "pip install 'llama-export[build,cpu]'")
+        return Finding(False, f"build: {', '.join(missing)}", "pip install 'llama-export[build,cpu]'")
     if found.onnxruntime.version is None:
-        return Verdict(
+        return Finding(
             False, "build: it runs the model once, which needs onnxruntime", "pip install 'llama-export[cpu]'"
         )
     untested = "" if found.python[:2] <= newest else f" (Python {version} is newer than what is tested)"
-    return Verdict(True, f"build bundles{untested}")
+    return Finding(True, f"build bundles{untested}")
 
 
-def _run_verdicts(found: Surroundings) -> list[Verdict]:
+def _run_verdicts(found: Surroundings) -> list[Finding]:
     runtime = found.onnxruntime
     missing = [str(package) for package in found.packages.get(BASE, ()) if not package.fits]
     if missing:
-        return [Verdict(False, f"run and verify: {', '.join(missing)}", "pip install 'llama-export[cpu]'")]
+        return [Finding(False, f"run and verify: {', '.join(missing)}", "pip install 'llama-export[cpu]'")]
     if runtime.version is None:
-        return [Verdict(False, f"run and verify: {runtime.error}", "pip install 'llama-export[cpu]'")]
-    verdicts = [Verdict(True, f"run and verify bundles on the CPU, with {found.cores} threads")]
-    if "CUDAExecutionProvider" in runtime.providers:
-        verdicts.append(Verdict(True, "run bundles for CUDA"))
+        return [Finding(False, f"run and verify: {runtime.error}", "pip install 'llama-export[cpu]'")]
+    verdicts = [Finding(True, f"run and verify bundles on the CPU, with {found.cores} threads")]
+    if CUDA_PROVIDER in runtime.providers:
+        verdicts.append(Finding(True, "run bundles for CUDA"))
     elif found.machine.jetson is not None:
         verdicts.append(
-            Verdict(
+            Finding(
                 False,
                 "run on the Jetson's GPU: this onnxruntime has no CUDA provider",
                 "Install NVIDIA's onnxruntime-gpu wheel for this JetPack: the package index has none for Jetson.",
@@ -145,7 +151,7 @@ def _run_verdicts(found: Surroundings) -> list[Verdict]:
         )
     elif found.machine.gpus:
         verdicts.append(
-            Verdict(
+            Finding(
                 False,
                 "run on the GPU: this onnxruntime has no CUDA provider",
                 "pip uninstall -y onnxruntime && pip install 'llama-export[gpu]'",
@@ -154,22 +160,22 @@ def _run_verdicts(found: Surroundings) -> list[Verdict]:
     return verdicts
 
 
-def _problems(found: Surroundings) -> list[Verdict]:
+def _problems(found: Surroundings) -> list[Finding]:
     problems = []
     if found.both_runtimes:
         keep = "onnxruntime-gpu" if found.machine.gpus else "onnxruntime"
         problems.append(
-            Verdict(
+            Finding(
                 False,
                 "onnxruntime and onnxruntime-gpu are both installed, and each overwrites the other's files",
                 f"pip uninstall -y onnxruntime onnxruntime-gpu && pip install {keep}",
             )
         )
     if found.settings_error:
-        problems.append(Verdict(False, found.settings_error, "Correct llama-export.toml."))
+        problems.append(Finding(False, found.settings_error, "Correct llama-export.toml."))
     for folder, free in found.free.items():
         if free < LOW_DISK_BYTES:
-            problems.append(Verdict(False, f"only {size(free)} are free at {folder}", f"Make room at {folder}."))
+            problems.append(Finding(False, f"only {size(free)} are free at {folder}", f"Make room at {folder}."))
     return problems
 
 
@@ -177,7 +183,7 @@ def _machine_rows(found: Surroundings) -> list[tuple[str, str]]:
     machine = found.machine
     rows = [
         ("system", f"{machine.system} {machine.architecture}"),
-        ("CPU", f"{machine.cpu}, {found.cores} cores, {machine.logical_cores} threads"),
+        ("CPU", f"{machine.cpu}, {found.cores} cores, {found.cpus} threads"),
         ("instructions", ", ".join(machine.flags) or "none of those that quicken int8 and int4"),
         ("memory", f"{size(machine.memory_bytes)}, {size(machine.available_bytes)} available"),
         *(("disk", f"{size(free)} free at {folder}") for folder, free in found.free.items()),
@@ -230,10 +236,18 @@ def _variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _free_space() -> dict[str, int]:
     """Free bytes where bundles are made (the current folder) and at the caches, each disk once."""
-    hub = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
     free: dict[int, tuple[str, int]] = {}
-    for folder in (Path.cwd(), Path(hub), cache_folder()):
+    for folder in (Path.cwd(), hub_folder(os.environ), cache_folder()):
         if folder is not None:
             there = next(place for place in (folder, *folder.parents) if place.exists())
             free.setdefault(there.stat().st_dev, (str(folder), shutil.disk_usage(there).free))
     return dict(free.values())
+
+
+def hub_folder(environment: Mapping[str, str]) -> Path | None:
+    """Where huggingface_hub keeps downloads; None where that is below a home folder, and there is none."""
+    with contextlib.suppress(RuntimeError):
+        if chosen := environment.get("HF_HUB_CACHE") or environment.get("HF_HOME"):
+            return Path(chosen).expanduser()
+        return Path(environment.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface"
+    return None

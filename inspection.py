@@ -8,13 +8,12 @@ from math import prod
 from typing import Any
 
 from .errors import LlamaExportError
-from .runtime.bundle import Bundle, Limits, Shape
+from .optimize.formats import FORMATS, stored_bytes
+from .runtime.bundle import CPU_PROVIDER, DATA_FILE, GRAPH_FILE, Bundle, Limits, Shape
 from .runtime.hashes import is_checked
-from .runtime.reference import FOLDER, load_reference
+from .runtime.reference import WeightRecord, load_index
 from .tables import columns, size
-from .targets.context import Load, bytes_per_token, needed_bytes
-
-WEIGHT_FILES = ("model.onnx", "model.onnx.data")
+from .targets.context import CACHE_BYTES, Load, bytes_per_token, needed_bytes
 
 
 def lines(bundle: Bundle) -> list[str]:
@@ -71,25 +70,46 @@ def _facts(bundle: Bundle) -> list[tuple[str, str]]:
 
 def _load(bundle: Bundle) -> Load:
     manifest = bundle.manifest
-    weights = sum(manifest.files[name].size for name in WEIGHT_FILES if name in manifest.files)
-    limits, shape = manifest.limits, manifest.shape
-    on_cpu = manifest.providers[:1] in ((), ("CPUExecutionProvider",))
-    return Load(shape, weights, shape.cache_dtype, on_cpu, limits.batch, limits.prefill_chunk)
+    limits, shape, on_cpu = manifest.limits, manifest.shape, manifest.provider == CPU_PROVIDER
+    return Load(shape, _weight_bytes(bundle), shape.cache_dtype, on_cpu, limits.batch, limits.prefill_chunk)
 
 
-def _parameters(bundle: Bundle) -> dict[str, int]:
-    """Values of the checkpoint by the format they are stored in, as the reference lists them; empty without one."""
-    if f"{FOLDER}/reference.json" not in bundle.manifest.files:
-        return {}
+def _weight_bytes(bundle: Bundle) -> dict[str, int]:
+    """Bytes of the weights by the name of their format; those that nothing tells of are as the manifest's precision."""
+    files, scale_bytes = bundle.manifest.files, CACHE_BYTES[bundle.manifest.shape.cache_dtype]
+    total = sum(files[name].size for name in (GRAPH_FILE, DATA_FILE) if name in files)
     counts: Counter[str] = Counter()
-    for weight in load_reference(bundle.path).index.weights:
+    for weight in _weights(bundle) or ():
+        if weight.format in FORMATS:
+            counts[weight.format] += stored_bytes(weight.shape, FORMATS[weight.format], scale_bytes)
+    counts[bundle.manifest.precision] += max(0, total - counts.total())
+    return dict(counts)
+
+
+def _weights(bundle: Bundle) -> tuple[WeightRecord, ...] | None:
+    """What the reference says of each tensor of the checkpoint; None where there is none, or it is damaged."""
+    try:
+        return load_index(bundle.path).weights
+    except LlamaExportError:
+        return None
+
+
+def _parameters(bundle: Bundle) -> dict[str, int] | None:
+    """Values of the checkpoint by the format they are stored in; None where nothing tells."""
+    weights = _weights(bundle)
+    if weights is None:
+        return None
+    counts: Counter[str] = Counter()
+    for weight in weights:
         counts[weight.format] += prod(weight.shape)
     return dict(counts.most_common())
 
 
 def _parameters_text(bundle: Bundle) -> str:
-    counts = _parameters(bundle).items()
-    return ", ".join(f"{f'{n / 1e6:,.1f} M' if n >= 1e6 else f'{n:,}'} in {format}" for format, n in counts)
+    counts = _parameters(bundle)
+    if counts is None:
+        return "unknown: the bundle has no reference, or a damaged one"
+    return ", ".join(f"{f'{n / 1e6:,.1f} M' if n >= 1e6 else f'{n:,}'} in {format}" for format, n in counts.items())
 
 
 def _shape_text(shape: Shape) -> str:

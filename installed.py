@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -53,32 +53,28 @@ def installed_version(name: str) -> str | None:
         return None
 
 
-def packages_by_extra(
-    requirements: list[str] | None = None, version_of: Callable[[str], str | None] = installed_version
-) -> Mapping[str, tuple[Package, ...]]:
+def packages_by_extra() -> Mapping[str, tuple[Package, ...]]:
     """What each extra asks for, by the extra's name; "base" is what every installation needs.
 
-    requirements: as in the package's own metadata, which is the default and empty in a folder that was never installed.
+    Empty in a folder that was never installed, since all comes from the package's own metadata.
     """
     extras: dict[str, list[Package]] = {BASE: []}
-    for text in _own_requirements() if requirements is None else requirements:
+    for text in _own_requirements():
         found = _REQUIREMENT.fullmatch(text.strip())
         if found is None or not _for_this_python(found["marker"] or ""):
             continue
         extra = _EXTRA.search(found["marker"] or "")
-        package = Package(found["name"], found["specifier"].strip(), version_of(found["name"]))
+        package = Package(found["name"], found["specifier"].strip(), installed_version(found["name"]))
         extras.setdefault(extra[1] if extra else BASE, []).append(package)
     return {extra: tuple(packages) for extra, packages in extras.items()}
 
 
-def untested_versions(
-    constraints: Path = CONSTRAINTS, version_of: Callable[[str], str | None] = installed_version
-) -> tuple[str, ...]:
+def untested_versions() -> tuple[str, ...]:
     """Installed packages of another version than the constraints file's, such as "torch 2.14.0 (tested: 2.13.0)"."""
-    if not constraints.is_file():
+    if not CONSTRAINTS.is_file():
         return ()
-    pins = re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", constraints.read_text(encoding="utf-8"), re.MULTILINE)
-    versions = [(name, pin, version_of(name)) for name, pin in pins]
+    pins = re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", CONSTRAINTS.read_text(encoding="utf-8"), re.MULTILINE)
+    versions = [(name, pin, installed_version(name)) for name, pin in pins]
     return tuple(
         f"{name} {version} (tested: {pin})"
         for name, pin, version in versions

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, TextIO
 
+from .tables import plain
+
 REDRAW_SECONDS = 0.1
 CLEAR_LINE = "\r\x1b[K"
 YELLOW, PLAIN = "\x1b[33m", "\x1b[0m"
@@ -18,14 +20,15 @@ YELLOW, PLAIN = "\x1b[33m", "\x1b[0m"
 class Progress(Protocol):
     """What a long step is given to report to; every method returns at once."""
 
+    @property
+    def draws(self) -> bool:
+        """Whether it draws on a terminal, so that the bars of others may stand there too."""
+
     def stage(self, title: str) -> None:
         """Begin a step, and with it end the one before."""
 
     def advance(self, done_bytes: int, total_bytes: int) -> None:
         """Say how much of the current step's bytes are done; may be called often."""
-
-    def note(self, text: str) -> None:
-        """Say something worth knowing that needs no action."""
 
     def warn(self, text: str) -> None:
         """Say something that the user may want to change."""
@@ -34,13 +37,12 @@ class Progress(Protocol):
 class Silent:
     """Reports nothing: the default for callers from Python."""
 
+    draws = False
+
     def stage(self, title: str) -> None:
         pass
 
     def advance(self, done_bytes: int, total_bytes: int) -> None:
-        pass
-
-    def note(self, text: str) -> None:
         pass
 
     def warn(self, text: str) -> None:
@@ -79,12 +81,16 @@ class Terminal:
             self._clear()
             self._stage = None
 
+    @property
+    def draws(self) -> bool:
+        return self._redraws and not self._quiet
+
     def stage(self, title: str) -> None:
         self._end_stage()
         if self._quiet:
             return
-        self._stage = _Stage(title, time.monotonic())
-        self._draw(self._stage, title)
+        self._stage = _Stage(plain(title), time.monotonic())
+        self._draw(self._stage, self._stage.title)
 
     def advance(self, done_bytes: int, total_bytes: int) -> None:
         stage = self._stage
@@ -97,13 +103,9 @@ class Terminal:
         stage.drawn = now
         self._draw(stage, f"{stage.title}  {progress_figures(done_bytes, total_bytes, now - stage.began)}")
 
-    def note(self, text: str) -> None:
-        if not self._quiet:
-            self._line(text)
-
     def warn(self, text: str) -> None:
         label = f"{YELLOW}Warning:{PLAIN}" if self._colours else "Warning:"
-        self._line(f"{label} {text}")
+        self._line(f"{label} {plain(text)}")
 
     def _end_stage(self) -> None:
         stage, self._stage = self._stage, None

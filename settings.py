@@ -8,7 +8,6 @@ the file, which is the current folder. Unknown keys are refused; `max_new_tokens
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,9 @@ from typing import Any
 import click
 
 from .errors import UsageError, did_you_mean
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from .targets.toml_file import read_toml
 
 FILE_NAME = "llama-export.toml"
-MAX_BYTES = 1 << 20
 
 # What click's types accept from TOML, and how to say it.
 TOML_TYPES: Mapping[type[Any], tuple[str, tuple[type, ...]]] = {
@@ -40,7 +34,7 @@ def command_defaults(command: click.Command, commands: Mapping[str, click.Comman
     Raises UsageError for an unknown key or table in any part of the file, and for a wrong value among those it returns.
     """
     path = folder / FILE_NAME
-    settings = _read(path)
+    settings = read_toml(path) if path.exists() else {}
     tables = {key: value for key, value in settings.items() if isinstance(value, dict)}
     top = {key: value for key, value in settings.items() if key not in tables}
     everywhere = {name for known in commands.values() for name in options_of(known)}
@@ -75,19 +69,6 @@ def options_of(command: click.Command) -> dict[str, click.Option]:
             names = [name for name in (*option.opts, *option.secondary_opts) if name.startswith("--")]
             options.update({name[2:]: option for name in names})
     return options
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        if not path.is_file():
-            return {}
-        if path.stat().st_size > MAX_BYTES:
-            raise UsageError(f"{path} is larger than {MAX_BYTES} bytes, which no settings are.")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not a TOML file: {error}.") from error
 
 
 def _refuse_unknown(table: Mapping[str, Any], known: set[str], where: str) -> None:

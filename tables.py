@@ -1,8 +1,16 @@
-"""Plain text for people: columns that line up, and sizes with their unit. ASCII only, so that any terminal shows it."""
+"""Plain text for people: columns that line up, sizes with their unit, and nothing that a terminal obeys."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+_OBEYED = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160), *range(0xD800, 0xE000)])
+"""All control characters but tab and line end, and halves of surrogate pairs, which cannot be written."""
+
+
+def plain(text: str) -> str:
+    """`text` without control characters: what a checkpoint, bundle or model says is shown, not obeyed."""
+    return text.translate(_OBEYED)
 
 
 def columns(rows: Sequence[Sequence[str]], *, indent: str = "") -> list[str]:

@@ -8,26 +8,30 @@ Rewinding is therefore only a smaller length, and positions past it are overwrit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import LlamaExportError, UsageError
-from .bundle import Bundle, Manifest
+from ..errors import UsageError
+from .arrays import Float32, Int64
+from .bundle import Bundle, Shape
 from .cache import lazy_zeros
-from .huge_pages import gather_in_background
-from .requirements import require
-from .threads import physical_cores
+from .huge_pages import gathering
+from .session import (
+    DEVICES,
+    PAST,
+    PRESENT,
+    cache_names,
+    engine_name,
+    import_onnxruntime,
+    one_sentence,
+    open_session,
+    read_graph,
+)
+from .threads import choose_threads
 
-Float32 = npt.NDArray[np.float32]
-TokenIds = Sequence[int] | npt.NDArray[np.int64]
-
-DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
-"""Where the cache lives, for each execution provider that a bundle may ask for."""
-
-_SILENT = 4  # ONNX Runtime's severity "fatal": its errors arrive as exceptions, its warnings are for builders
+TokenIds = Sequence[int] | Int64
 
 
 class Backend(Protocol):
@@ -65,31 +69,28 @@ class OnnxRuntimeBackend:
         self,
         bundle: Bundle,
         *,
-        model: Path | bytes | None = None,
+        model: bytes | None = None,
         threads: int | None = None,
         capacity: int | None = None,
     ) -> None:
         """Load the graph.
 
-        model: another graph than the bundle's model.onnx, by path or as bytes, with the same inputs and outputs;
-        bytes find their external data in the bundle's folder. threads: default, the physical cores. capacity: tokens
-        that the cache holds; default and at most, the manifest's context. Raises LlamaExportError when ONNX Runtime,
-        its version, its providers or the graph do not fit the manifest, UsageError when an argument is out of range.
+        model: another graph than the bundle's model.onnx, with the same inputs, outputs and weights. threads: default,
+        the physical cores. capacity: tokens that the cache holds; default and at most, the manifest's context. Raises
+        LlamaExportError as `open_session` does, UsageError when an argument is out of range.
         """
         manifest = bundle.manifest
-        self.threads = physical_cores() if threads is None else threads
-        if not 1 <= self.threads <= 1024:
-            raise UsageError(f"threads must be from 1 to 1024, not {threads}.")
+        self.threads = choose_threads(threads)
         self.capacity = manifest.limits.context if capacity is None else capacity
         if not 1 <= self.capacity <= manifest.limits.context:
             raise UsageError(
                 f"capacity must be from 1 to the bundle's context {manifest.limits.context}, not {capacity}."
             )
         self._ort = import_onnxruntime(manifest)
-        self._device = _device(self._ort, manifest)
-        self._session = open_session(self._ort, bundle, model or bundle.file("model.onnx"), self.threads)
-        _check_signature(self._session, manifest)
-        self.name = f"onnxruntime {self._ort.__version__} {self._device}"
+        self._device = DEVICES[manifest.provider]
+        with gathering():
+            self._session = open_session(bundle, read_graph(bundle) if model is None else model, self.threads)
+        self.name = engine_name(self._ort, manifest)
         self.vocab = manifest.shape.vocab
         self.length = 0
         self._chunk = min(manifest.limits.prefill_chunk, self.capacity)
@@ -98,9 +99,8 @@ class OnnxRuntimeBackend:
         self._keep = np.ones(1, np.int64)
         self._logits_dtype = np.dtype("float16" if "float16" in self._session.get_outputs()[0].type else "float32")
         self._last = np.zeros((1, 1, self.vocab), self._logits_dtype)
-        self._cache = self._make_cache(manifest)
+        self._cache = self._make_cache(manifest.shape)
         self._binding = self._bind()
-        gather_in_background()
 
     def extend(self, ids: TokenIds, keep: int = 1) -> Float32:
         """Append tokens, a chunk at a time; see `Backend.extend`.
@@ -148,7 +148,7 @@ class OnnxRuntimeBackend:
                 "use a shorter text or build with a larger --context."
             )
 
-    def _run(self, tokens: npt.NDArray[np.int64], keep: int) -> npt.NDArray[Any]:
+    def _run(self, tokens: Int64, keep: int) -> npt.NDArray[Any]:
         """Run one chunk; return [keep, vocab] logits in the graph's type."""
         self._ids[0, : len(tokens)] = tokens
         rows: npt.NDArray[Any]
@@ -179,8 +179,8 @@ class OnnxRuntimeBackend:
     def _bind(self) -> Any:
         binding = self._session.io_binding()
         for name, value in self._cache.items():
-            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-            binding.bind_ortvalue_output(f"present.{name}", value)
+            binding.bind_ortvalue_input(PAST + name, value)
+            binding.bind_ortvalue_output(PRESENT + name, value)
         self._binding = binding
         self._bind_keep(1)
         return binding
@@ -198,100 +198,8 @@ class OnnxRuntimeBackend:
         else:
             binding.bind_output("logits", "cpu")
 
-    def _make_cache(self, manifest: Manifest) -> dict[str, Any]:
+    def _make_cache(self, shape: Shape) -> dict[str, Any]:
         """Return the buffers of every layer, [1, kv_heads, capacity, head_dim], as OrtValues on the device."""
-        shape = (1, manifest.shape.kv_heads, self.capacity, manifest.shape.head_dim)
-        dtype = np.dtype(manifest.shape.cache_dtype)
+        sizes, dtype = (1, shape.kv_heads, self.capacity, shape.head_dim), np.dtype(shape.cache_dtype)
         make = self._ort.OrtValue.ortvalue_from_numpy  # on the CPU it shares and keeps the array, elsewhere it copies
-        return {
-            f"{layer}.{kind}": make(lazy_zeros(shape, dtype), self._device, 0)
-            for layer in range(manifest.shape.layers)
-            for kind in ("key", "value")
-        }
-
-
-def import_onnxruntime(manifest: Manifest) -> Any:
-    """Import onnxruntime and check its version. Raises LlamaExportError when it is absent, broken or too old."""
-    try:
-        import onnxruntime  # noqa: PLC0415 (a bundle can be opened, checked and described without it)
-    except ImportError as error:
-        raise LlamaExportError(
-            f"ONNX Runtime cannot be imported ({error}); install it with `pip install 'llama-export[cpu]'`, "
-            "or [gpu] for CUDA."
-        ) from error
-    remedy = "upgrade it with `pip install --upgrade onnxruntime`"
-    require("onnxruntime", onnxruntime.__version__, manifest.minimum.get("onnxruntime"), remedy)
-    onnxruntime.disable_telemetry_events()
-    return onnxruntime
-
-
-def _device(ort: Any, manifest: Manifest) -> str:
-    """Return the device of the manifest's first provider, which must be known and installed."""
-    provider = manifest.providers[0] if manifest.providers else "CPUExecutionProvider"
-    if provider not in DEVICES:
-        raise LlamaExportError(f"This bundle asks for {provider}, but only {', '.join(DEVICES)} can be used.")
-    available = ort.get_available_providers()
-    if provider not in available:
-        raise LlamaExportError(
-            f"This bundle needs {provider}, but onnxruntime {ort.__version__} here has {', '.join(available)}; "
-            "install llama-export[gpu] instead of [cpu], or build a bundle with `-t cpu`."
-        )
-    return DEVICES[provider]
-
-
-def open_session(ort: Any, bundle: Bundle, model: Path | bytes, threads: int) -> Any:
-    """Load a graph for `bundle`: its own by path, or another as bytes whose weights are in the bundle's folder."""
-    _device(ort, bundle.manifest)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = _SILENT
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
-    if isinstance(model, bytes):
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
-    providers = list(bundle.manifest.providers) or ["CPUExecutionProvider"]
-    try:
-        session = ort.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=providers)
-    except Exception as error:
-        raise one_sentence(ort, f"cannot load the model of {bundle.path}", error) from error
-    if providers[0] not in session.get_providers():
-        raise LlamaExportError(
-            f"onnxruntime {ort.__version__} has {providers[0]}, but could not start it here; "
-            "check the GPU's driver and libraries with `llama-export doctor`."
-        )
-    return session
-
-
-def _check_signature(session: Any, manifest: Manifest) -> None:
-    """Raise LlamaExportError unless the graph has the inputs of the `ort` dialect in the manifest's sizes."""
-    if manifest.dialect != "ort":
-        raise LlamaExportError(f"ONNX Runtime runs bundles of the dialect 'ort', but this one is {manifest.dialect!r}.")
-    shape = manifest.shape
-    cache = (None, shape.kv_heads, None, shape.head_dim)
-    expected: dict[str, tuple[int | None, ...]] = {
-        "input_ids": (None, None),
-        "attention_mask": (None, None),
-        "logits_to_keep": (1,),
-        **{f"past_key_values.{layer}.{kind}": cache for layer in range(shape.layers) for kind in ("key", "value")},
-    }
-    found = {value.name: value.shape for value in (*session.get_inputs(), *session.get_overridable_initializers())}
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in expected or name not in found or not _fits(found[name], expected[name]):
-            raise LlamaExportError(
-                f"The graph does not fit its manifest: the input {name} should be {expected.get(name, 'absent')} "
-                f"and is {found.get(name, 'absent')}; build the bundle again."
-            )
-
-
-def _fits(dims: Sequence[object], expected: Sequence[int | None]) -> bool:
-    """Tell whether the dims of an input (a name where one is free) allow the expected ones (None is any)."""
-    return len(dims) == len(expected) and all(
-        want is None or want == have or not isinstance(have, int) for have, want in zip(dims, expected, strict=True)
-    )
-
-
-def one_sentence(ort: Any, what: str, error: Exception) -> LlamaExportError:
-    """Return ONNX Runtime's exception as ours, its message cut to the first line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return LlamaExportError(f"onnxruntime {ort.__version__} {what}: {lines[0][:400]}")
+        return {name: make(lazy_zeros(sizes, dtype), self._device, 0) for name in cache_names(shape)}

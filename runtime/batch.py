@@ -7,31 +7,27 @@ plain inputs and outputs say; the cache in place is what `backend` uses.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
-import numpy.typing as npt
 
-from .backend import import_onnxruntime, one_sentence, open_session
+from .arrays import Float32, Int64
 from .bundle import Bundle
-
-Float32 = npt.NDArray[np.float32]
+from .session import PAST, PRESENT, cache_names, import_onnxruntime, one_sentence, open_session
 
 
 class BatchReplay:
     """The graph of a bundle over `rows` texts at once. model: another graph than the bundle's model.onnx."""
 
-    def __init__(self, bundle: Bundle, rows: int, *, model: Path | bytes, threads: int) -> None:
+    def __init__(self, bundle: Bundle, rows: int, *, model: bytes, threads: int) -> None:
+        """Raises LlamaExportError as `open_session` does."""
         shape = bundle.manifest.shape
         self._ort = import_onnxruntime(bundle.manifest)
-        self._session = open_session(self._ort, bundle, model, threads)
+        self._session = open_session(bundle, model, threads)
         empty = np.zeros((rows, shape.kv_heads, 0, shape.head_dim), np.dtype(shape.cache_dtype))
-        self._past = [empty] * (2 * shape.layers)
-        self._names = [f"past_key_values.{layer}.{part}" for layer in range(shape.layers) for part in ("key", "value")]
-        self._outputs = ["logits", *(name.replace("past_key_values", "present") for name in self._names)]
+        self._past = dict.fromkeys(cache_names(shape), empty)
+        self._outputs = ["logits", *(PRESENT + name for name in self._past)]
         self._length = 0
 
-    def extend(self, ids: npt.NDArray[np.int64]) -> Float32:
+    def extend(self, ids: Int64) -> Float32:
         """Append tokens [rows, n] to every row; return the logits [rows, n, vocab] after each."""
         rows, count = ids.shape
         self._length += count
@@ -39,10 +35,11 @@ class BatchReplay:
             "input_ids": ids,
             "attention_mask": np.ones((rows, self._length), np.int64),
             "logits_to_keep": np.array([count], np.int64),
-            **dict(zip(self._names, self._past, strict=True)),
+            **{PAST + name: value for name, value in self._past.items()},
         }
         try:
-            logits, *self._past = self._session.run(self._outputs, feeds)
+            logits, *present = self._session.run(self._outputs, feeds)
         except Exception as error:
             raise one_sentence(self._ort, "cannot run the model", error) from error
+        self._past = dict(zip(self._past, present, strict=True))
         return logits.astype(np.float32, copy=False)  # type: ignore[no-any-return]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,12 +19,17 @@ from .hashing import sha256_of_all
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+GRAPH_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
+"""The graph, and next to it its weights."""
 DIALECTS = ("ort", "trt", "trt-primitive")
 CACHE_DTYPES = ("float32", "float16")
+CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
+"""The execution providers of ONNX Runtime that a bundle may ask for."""
 
 _MAX_MANIFEST_BYTES = 4 << 20
+_UNUSABLE = re.compile(r'[\\:*?"<>|\x00-\x1f\ud800-\udfff]')
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_VERSION = re.compile(r"\d+(\.\d+)*")
+_VERSION = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9}){0,7}")
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """Where the weights came from. source: the kind of checkpoint, such as "huggingface" or "gguf"."""
+    """Where the weights came from. source: the kind of checkpoint: "folder", "hub" or "gguf"."""
 
     id: str
     source: str
@@ -103,6 +109,11 @@ class Manifest:
     def __post_init__(self) -> None:
         for problem in _problems(self):
             raise LlamaExportError(f"{MANIFEST}: {problem}.")
+
+    @property
+    def provider(self) -> str:
+        """The execution provider without which the bundle does not run."""
+        return self.providers[0] if self.providers else CPU_PROVIDER
 
     @staticmethod
     def from_json(text: str | bytes) -> Manifest:
@@ -173,9 +184,8 @@ def _token_ids(tokens: Tokens) -> Iterator[tuple[str, int]]:
 
 def is_safe_name(name: str) -> bool:
     """Tell whether `name` is a relative path with forward slashes that stays in its folder on every system."""
-    parts = name.split("/")
     return name != MANIFEST and not any(
-        part in ("", ".", "..") or any(char in '\\:*?"<>|' or ord(char) < 32 for char in part) for part in parts
+        part in ("", ".", "..") or _UNUSABLE.search(part) is not None for part in name.split("/")
     )
 
 
@@ -200,7 +210,9 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     Raises UsageError when there is no such folder, LlamaExportError when it is no bundle, is of a newer schema, or
     names a file outside the folder, also through a symbolic link.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
+    with contextlib.suppress(RuntimeError):  # nobody is called so, or this user has no home
+        folder = folder.expanduser()
     how = f"make one with `llama-export build -m MODEL -t TARGET -o {path}`"
     if not folder.exists():
         raise UsageError(f"There is no bundle {path}; {how}.")
@@ -218,37 +230,40 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
         raise LlamaExportError(f"{manifest} has {size} bytes, more than any manifest needs; build the bundle again.")
     bundle = Bundle(folder.resolve(), Manifest.from_json(data), hashlib.sha256(data).hexdigest())
     for name in (MANIFEST, *bundle.manifest.files):
-        _refuse_escape(bundle.path, name)
+        refuse_escape(bundle.path, name)
     return bundle
 
 
-def _refuse_escape(folder: Path, name: str) -> None:
-    if not (folder / name).resolve().is_relative_to(folder):
+def refuse_escape(folder: Path, name: str) -> None:
+    """Raise LlamaExportError when the file `name` of a bundle is a link that leads out of its folder, or nowhere."""
+    path = folder / name
+    try:
+        inside = path.resolve().is_relative_to(folder)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a circle of links, before Python 3.13
+        raise LlamaExportError(f"{path} is a link that leads nowhere; copy the bundle again.") from error
+    if not inside:
         raise LlamaExportError(
-            f"{folder / name} is a link that leads out of the bundle; copy the bundle with its links followed (cp -rL)."
+            f"{path} is a link that leads out of the bundle; copy the bundle with its links followed (cp -rL)."
         )
 
 
-def seal(
-    folder: str | os.PathLike[str], manifest: Manifest, *, known: Mapping[str, FileRecord] | None = None
-) -> Manifest:
+def seal(folder: str | os.PathLike[str], manifest: Manifest) -> Manifest:
     """Record every file of `folder` in `manifest.files` and write `manifest.json`, last and atomically.
 
-    manifest: all but `files`, which is replaced; known: records that the writer of a file already has, trusted when
-    the size agrees. Returns the manifest as written. Raises LlamaExportError when a file cannot be read or named.
+    manifest: all but `files`, which is replaced. Returns the manifest as written. Raises LlamaExportError when a file
+    cannot be read or named.
     """
     root = Path(folder).resolve()
     part = root / f"{MANIFEST}.part"
     files = [Path(base) / name for base, _, names in os.walk(root) for name in names]
     paths = {path.relative_to(root).as_posix(): path for path in sorted(files) if path not in (root / MANIFEST, part)}
     for name in paths:
-        _refuse_escape(root, name)
-    sizes = {name: path.stat().st_size for name, path in paths.items()}
-    records = {name: record for name, record in (known or {}).items() if sizes.get(name) == record.size}
-    hashes = sha256_of_all(path for name, path in paths.items() if name not in records)
-    records |= {name: FileRecord(hashes[path], sizes[name]) for name, path in paths.items() if path in hashes}
+        refuse_escape(root, name)
+    hashes = sha256_of_all(paths.values())
+    records = {name: FileRecord(hashes[path], path.stat().st_size) for name, path in paths.items()}
     sealed = dataclasses.replace(manifest, files=dict(sorted(records.items())))
-    with part.open("w", encoding="utf-8", newline="\n") as file:
+    # backslashreplace: half a surrogate pair, as in a folder's name that is not UTF-8, becomes JSON's own escape.
+    with part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         file.write(sealed.to_json())
         file.flush()
         os.fsync(file.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import LlamaExportError
+from ..tables import size
 
 # Shared memory, Python's default, would count against a container's /dev/shm. Windows has no such flags.
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
@@ -23,13 +25,14 @@ def lazy_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]
     Raises LlamaExportError when the system refuses the address space.
     """
     count = math.prod(shape)
-    size = count * np.dtype(dtype).itemsize
+    needed = count * np.dtype(dtype).itemsize
     try:
-        memory = mmap.mmap(-1, size, **_PRIVATE)
+        memory = mmap.mmap(-1, needed, **_PRIVATE)
     except (OSError, ValueError, OverflowError) as error:
         raise LlamaExportError(
-            f"The system refuses {size / 1e6:.0f} MB for a part of the cache ({error}); build with a smaller --context."
+            f"The system refuses {size(needed)} for a part of the cache ({error}); build with a smaller --context."
         ) from error
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without huge pages refuses the advice, and needs none
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, dtype=dtype, count=count).reshape(shape)

@@ -56,11 +56,6 @@ def load_chat_template(bundle: Bundle) -> ChatTemplate:
     return ChatTemplate(source, special_tokens(config))
 
 
-def has_chat_template(bundle: Bundle) -> bool:
-    """Tell whether `load_chat_template` finds one."""
-    return _source(bundle, _read_config(bundle)) is not None
-
-
 def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """Return the special tokens in a tokenizer_config.json: each is a string, or an object that holds it."""
     contents = {
@@ -75,9 +70,9 @@ def _source(bundle: Bundle, config: Mapping[str, Any]) -> str | None:
     if TEMPLATE_FILE in bundle.manifest.files:
         return _read(bundle, TEMPLATE_FILE)
     found = config.get("chat_template")
-    if isinstance(found, list):  # several templates by name
-        named = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
-        found = named.get("default", next(iter(named.values()), None))
+    if isinstance(found, list):  # several templates by name, of which transformers takes this one when none is named
+        items = [item for item in found if isinstance(item, dict) and isinstance(item.get("name"), str)]
+        found = {item["name"]: item.get("template") for item in items}.get("default")
     return found if isinstance(found, str) else None
 
 

@@ -28,9 +28,8 @@ class Conversation:
         self._messages = list(self._system)
         self._pending: Stream | None = None
 
-    @property
-    def messages(self) -> Sequence[Message]:
-        """All turns; an answer that is still being written is ended and taken as it is."""
+    def end_turn(self) -> Sequence[Message]:
+        """Return all turns, after ending the answer that is being written, if one is, and taking it as it is."""
         if self._pending is not None:
             text = self._pending.stop().text
             self._messages.append({"role": "assistant", "content": text})
@@ -39,7 +38,7 @@ class Conversation:
 
     def say(self, text: str, options: GenerationOptions | None = None) -> Stream:
         """Say something; return the answer as it is written. The conversation stays as it was when this raises."""
-        messages = [*self.messages, {"role": "user", "content": text}]
+        messages = [*self.end_turn(), {"role": "user", "content": text}]
         continues = len(messages) > len(self._system) + 1
         stream = self._model.stream_chat(messages, options, reuse=continues)
         self._messages, self._pending = messages, stream

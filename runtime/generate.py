@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import LlamaExportError, UsageError
-from .backend import Backend, Float32
+from .arrays import Float32
+from .backend import Backend
 from .sampling import Sampler, SamplingOptions
 from .text import StopStrings, StreamDecoder, Tokenizer
 
@@ -82,30 +83,31 @@ class TokenCache:
     """The tokens whose keys and values a backend holds, so that a new prompt computes only what is new in it."""
 
     def __init__(self, backend: Backend) -> None:
-        self.backend = backend
-        self.owner: object = None
+        self.capacity = backend.capacity
+        self._backend = backend
+        self._owner: object = None
         self._tokens: list[int] = []
 
     @property
     def full(self) -> bool:
         """Whether no further token fits."""
-        return self.backend.length >= self.backend.capacity
+        return self._backend.length >= self.capacity
 
     def start(self, prompt: Sequence[int], *, reuse: bool, owner: object) -> tuple[Float32, int]:
         """Make the cache hold `prompt`; return the logits after it, and how many of its tokens were there already."""
-        self.owner = owner
-        del self._tokens[self.backend.length :]  # an interrupted run computed less than it was given
+        self._owner = owner
+        del self._tokens[self._backend.length :]  # an interrupted run computed less than it was given
         kept = _common_prefix(self._tokens, prompt[:-1]) if reuse else 0
-        self.backend.rewind(kept)
+        self._backend.rewind(kept)
         self._tokens[kept:] = prompt[kept:]
-        return self.backend.extend(prompt[kept:])[0], kept
+        return self._backend.extend(prompt[kept:])[0], kept
 
     def step(self, token: int, owner: object) -> Float32:
         """Append one token. Raises LlamaExportError when another text took the cache since `owner` started."""
-        if self.owner is not owner:
+        if self._owner is not owner:
             raise LlamaExportError("This text cannot be continued, as the model has begun another one since.")
         self._tokens.append(token)
-        return self.backend.step(token)
+        return self._backend.step(token)
 
 
 def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
@@ -134,7 +136,7 @@ class Stream(Iterator[Piece]):
         word, so a space between them is kept; an answer in a chat begins anew. Raises UsageError when the prompt is
         empty or longer than the context.
         """
-        _check_prompt(prompt, cache.backend)
+        _check_prompt(prompt, cache.capacity)
         self._cache = cache
         self._prompt = list(prompt)
         self._options = options
@@ -149,7 +151,7 @@ class Stream(Iterator[Piece]):
         self._unshown: list[int] = []
         self._reused = 0
         self._prefill_seconds: float | None = None
-        self._decode_seconds = 0.0
+        self._decoded, self._decode_seconds = 0, 0.0  # an interrupted token is in neither
         self._reason: FinishReason | None = None
         self._pieces = self._write()
 
@@ -161,7 +163,7 @@ class Stream(Iterator[Piece]):
         """The finished text; LlamaExportError while it is still being written."""
         if self._reason is None:
             raise LlamaExportError("The text is still being written: iterate to its end, or call stop().")
-        computed, after_first = len(self._prompt) - self._reused, len(self._ids) - 1
+        computed = len(self._prompt) - self._reused
         return Result(
             text="".join(self._texts),
             token_ids=tuple(self._ids),
@@ -172,7 +174,7 @@ class Stream(Iterator[Piece]):
             load_seconds=self._load_seconds,
             first_token_seconds=self._prefill_seconds,
             prefill_tokens_per_second=computed / self._prefill_seconds if self._prefill_seconds else None,
-            decode_tokens_per_second=after_first / self._decode_seconds if after_first > 0 else None,
+            decode_tokens_per_second=self._decoded / self._decode_seconds if self._decode_seconds else None,
         )
 
     def stop(self) -> Result:
@@ -215,6 +217,7 @@ class Stream(Iterator[Piece]):
         if self._prefill_seconds is None:
             self._prefill_seconds = seconds
         else:
+            self._decoded += 1
             self._decode_seconds += seconds
 
     def _piece(self, text: str) -> Piece:
@@ -223,11 +226,11 @@ class Stream(Iterator[Piece]):
         return Piece(text, tokens)
 
 
-def _check_prompt(prompt: Sequence[int], backend: Backend) -> None:
+def _check_prompt(prompt: Sequence[int], capacity: int) -> None:
     if not prompt:
         raise UsageError("The prompt is empty, and this tokenizer begins texts with no token; give some text.")
-    if len(prompt) > backend.capacity:
+    if len(prompt) > capacity:
         raise UsageError(
-            f"The prompt has {len(prompt)} tokens, but the context of this bundle is {backend.capacity}; "
+            f"The prompt has {len(prompt)} tokens, but the context of this bundle is {capacity}; "
             "shorten it or build with a larger --context."
         )

@@ -12,6 +12,7 @@ import json
 import os
 import stat
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import LlamaExportError
@@ -29,17 +30,30 @@ def check_files(bundle: Bundle, *, force: bool = False) -> bool:
     """
     if not force and is_checked(bundle):
         return False
-    before = _facts(bundle)
+    for problem in differing_files(bundle).values():
+        raise LlamaExportError(problem)
+    return True
+
+
+def differing_files(bundle: Bundle) -> Mapping[str, str]:
+    """Read every file; return a sentence for each that is not what the manifest records, by its name.
+
+    Afterwards a stamp vouches for a bundle without such files, and for no other. Raises LlamaExportError when a file
+    cannot be read.
+    """
     stamp = _stamp_path(bundle)
-    hashes = sha256_of_all(bundle.path / name for name in bundle.manifest.files)
-    for name, record in bundle.manifest.files.items():
-        if hashes[bundle.path / name] != record.sha256:
-            raise LlamaExportError(
+    before, problems = _look(bundle)
+    hashes = sha256_of_all(bundle.path / name for name in before)
+    for name in before:
+        if hashes[bundle.path / name] != bundle.manifest.files[name].sha256:
+            problems[name] = (
                 f"{bundle.path / name} is damaged: its SHA-256 differs from the manifest's; copy the bundle again."
             )
-    if stamp is not None and _facts(bundle) == before:  # a file that changed while it was read earns no stamp
-        _write_stamp(stamp, before)
-    return True
+    if stamp is not None and problems:
+        _remove_stamp(stamp)
+    elif stamp is not None and _look(bundle) == (before, {}):  # a file that changed while it was read earns no stamp
+        _write_stamp(stamp, _facts(bundle, before))
+    return {name: problems[name] for name in bundle.manifest.files if name in problems}
 
 
 def is_checked(bundle: Bundle) -> bool:
@@ -47,26 +61,37 @@ def is_checked(bundle: Bundle) -> bool:
 
     Raises LlamaExportError naming the first file that is missing, not a plain file, or of another size.
     """
-    return _read_stamp(_stamp_path(bundle)) == _facts(bundle)
+    files, problems = _look(bundle)
+    for problem in problems.values():
+        raise LlamaExportError(problem)
+    return _read_stamp(_stamp_path(bundle)) == _facts(bundle, files)
 
 
-def _facts(bundle: Bundle) -> dict[str, object]:
-    """Return what a stamp holds, checking existence and size of every file on the way."""
+def _look(bundle: Bundle) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Return size, modification time and inode of every file that can be read, and what is wrong with each other."""
     files: dict[str, list[int]] = {}
+    problems: dict[str, str] = {}
     for name, record in bundle.manifest.files.items():
         path = bundle.path / name
         try:
             found = path.stat()
         except OSError as error:
-            raise LlamaExportError(f"{path} is missing ({error.strerror}); copy the bundle again.") from error
+            problems[name] = f"{path} is missing ({error.strerror}); copy the bundle again."
+            continue
         if not stat.S_ISREG(found.st_mode):
-            raise LlamaExportError(f"{path} is not a file; copy the bundle again.")
-        if found.st_size != record.size:
-            raise LlamaExportError(
+            problems[name] = f"{path} is not a file; copy the bundle again."
+        elif found.st_size != record.size:
+            problems[name] = (
                 f"{path} is damaged: it has {found.st_size} bytes, the manifest says {record.size}; "
                 "copy the bundle again."
             )
-        files[name] = [found.st_size, found.st_mtime_ns, found.st_ino]
+        else:
+            files[name] = [found.st_size, found.st_mtime_ns, found.st_ino]
+    return files, problems
+
+
+def _facts(bundle: Bundle, files: dict[str, list[int]]) -> dict[str, object]:
+    """Return what a stamp holds."""
     return {"bundle": str(bundle.path), "manifest": bundle.manifest_sha256, "files": files}
 
 
@@ -105,3 +130,8 @@ def _write_stamp(path: Path, facts: dict[str, object]) -> None:
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
+
+
+def _remove_stamp(path: Path) -> None:
+    with contextlib.suppress(OSError):  # a folder that is not ours to write holds no stamp of ours
+        path.unlink()

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from ..errors import UsageError
-from .backend import Backend, OnnxRuntimeBackend, import_onnxruntime
+from .backend import Backend, OnnxRuntimeBackend
 from .bundle import Bundle, open_bundle
 from .chat import ChatTemplate, Message, load_chat_template
 from .conversation import Conversation
 from .generate import GenerationOptions, Result, Stream, TokenCache
 from .hashes import check_files
-from .requirements import require_python
+from .session import import_onnxruntime
 from .text import Tokenizer
 
 T = TypeVar("T")
@@ -34,9 +34,8 @@ def load(
     """
     started = time.perf_counter()
     bundle = open_bundle(path)
-    require_python(bundle.manifest.minimum.get("python"))
+    import_onnxruntime(bundle.manifest)  # not in the thread: there it waits for Python's lock while a tokenizer is read
     check_files(bundle, force=check_hashes)
-    import_onnxruntime(bundle.manifest)  # before the thread: there it waits for Python's lock while a tokenizer is read
     backend = _InThread(lambda: OnnxRuntimeBackend(bundle, threads=threads))
     try:
         tokenizer = Tokenizer.load(bundle.file("tokenizer.json"), bundle.manifest.tokens)
@@ -67,11 +66,31 @@ class Model:
     ) -> None:
         """chat_template: the bundle's, if it is loaded already."""
         self.bundle = bundle
-        self.backend = backend
         self.tokenizer = tokenizer
         self.load_seconds = load_seconds
+        self._backend = backend
         self._chat_template = chat_template
         self._cache = TokenCache(backend)
+
+    @property
+    def backend_name(self) -> str:
+        """What computes: the engine, its version and the device."""
+        return self._backend.name
+
+    @property
+    def threads(self) -> int:
+        """With how many threads it computes."""
+        return self._backend.threads
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of prompt and text together."""
+        return self._backend.capacity
+
+    @property
+    def vocab(self) -> int:
+        """Token ids are below this."""
+        return self._backend.vocab
 
     @property
     def chat_template(self) -> ChatTemplate:
@@ -118,9 +137,8 @@ class Model:
         return Conversation(self, system)
 
     def _stream(self, ids: list[int], options: GenerationOptions | None, *, reuse: bool, continues: bool) -> Stream:
-        vocab = self.backend.vocab
-        if ids and not 0 <= min(ids) <= max(ids) < vocab:
-            raise UsageError(f"Token ids must be from 0 to {vocab - 1}; the prompt has others.")
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab:
+            raise UsageError(f"Token ids must be from 0 to {self.vocab - 1}; the prompt has others.")
         return Stream(
             self._cache,
             self.tokenizer,

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import LlamaExportError
-
-DATA_FILE = "model.onnx.data"
+from .bundle import DATA_FILE, GRAPH_FILE
 
 _MODEL_GRAPH = 7
 _GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
@@ -54,7 +53,7 @@ def external_initializers(model: bytes, data_size: int) -> dict[str, Initializer
     """The initializers of a serialized ModelProto that lie in model.onnx.data, which has `data_size` bytes.
 
     Raises LlamaExportError when one lies in any other file, outside of the data file, or has another size than its
-    shape says.
+    shape says, and when any other tensor (of a constant, an inner graph, a function) lies outside of the model.
     """
     found = {}
     for graph in _messages(model, 0, len(model), _MODEL_GRAPH):
@@ -62,6 +61,10 @@ def external_initializers(model: bytes, data_size: int) -> dict[str, Initializer
             initializer = _initializer(model, field, data_size)
             if initializer is not None:
                 found[initializer.name] = initializer
+    if model.count(b"location") != len(found):  # the key that every tensor in a file has, wherever it is nested
+        raise LlamaExportError(
+            f"{GRAPH_FILE} keeps tensors in files that are no initializers of its graph; build the bundle again."
+        )
     return found
 
 
@@ -76,7 +79,7 @@ def with_accuracy_level(model: bytes, level: int) -> bytes:
                 if name is None or number is None or model[name.start : name.stop] != b"accuracy_level":
                     continue
                 if number.stop - number.start != 1 or not 0 <= level < 0x80:
-                    raise LlamaExportError("model.onnx has an accuracy_level out of range; build the bundle again.")
+                    raise LlamaExportError(f"{GRAPH_FILE} has an accuracy_level out of range; build the bundle again.")
                 changed[number.start] = level
     return bytes(changed)
 
@@ -100,7 +103,7 @@ def _initializer(model: bytes, tensor: _Field, data_size: int) -> Initializer | 
     dtype, location = _DTYPES.get(type_number), external.get("location")
     if location != DATA_FILE or dtype is None:
         raise LlamaExportError(
-            f"model.onnx keeps {name!r} in {location!r} as type {type_number}, but a bundle keeps its weights in "
+            f"{GRAPH_FILE} keeps {name!r} in {location!r} as type {type_number}, but a bundle keeps its weights in "
             f"{DATA_FILE}; build the bundle again."
         )
     texts = [external.get(key, "0") for key in ("offset", "length")]
@@ -108,7 +111,7 @@ def _initializer(model: bytes, tensor: _Field, data_size: int) -> Initializer | 
     fits = len(dims) <= _MOST_DIMENSIONS and size == math.prod(dims) * _SIZES[dtype]
     if not fits or offset < 0 or offset + size > data_size:
         raise LlamaExportError(
-            f"model.onnx places {name!r} at {texts[1][:20]} bytes from {texts[0][:20]} on, which does not fit its "
+            f"{GRAPH_FILE} places {name!r} at {texts[1][:20]} bytes from {texts[0][:20]} on, which does not fit its "
             f"shape {dims[:_MOST_DIMENSIONS]} or the {data_size} bytes of {DATA_FILE}; copy or build the bundle again."
         )
     return Initializer(name, dtype, tuple(dims), offset, size)
@@ -134,7 +137,7 @@ def _fields(data: bytes, start: int, stop: int) -> Iterator[_Field]:
         else:
             end = stop + 1
         if end > stop:
-            raise LlamaExportError("model.onnx is damaged (not a valid protobuf); copy or build the bundle again.")
+            raise LlamaExportError(f"{GRAPH_FILE} is damaged (not a valid protobuf); copy or build the bundle again.")
         yield _Field(number, value, start, end)
         start = end
 
@@ -146,7 +149,7 @@ def _varint(data: bytes, start: int, stop: int) -> tuple[int, int]:
         if data[index] < 0x80:
             return value, index + 1
         shift += 7
-    raise LlamaExportError("model.onnx is damaged (a number has no end); copy or build the bundle again.")
+    raise LlamaExportError(f"{GRAPH_FILE} is damaged (a number has no end); copy or build the bundle again.")
 
 
 def _packed(data: bytes, field: _Field) -> Iterator[int]:

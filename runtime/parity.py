@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from .reference import Float32, Float64, Logits, logsumexp
+from .arrays import Float32, Float64, Int64
+from .reference import Logits, logsumexp
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def _kl(reference: Logits, top: Float32, total: Float64) -> Float64:
     return np.maximum(kl, 0)
 
 
-def _shortfall(reference: Logits, chosen: npt.NDArray[np.int64]) -> Float64:
+def _shortfall(reference: Logits, chosen: Int64) -> Float64:
     matches = reference.top_ids == chosen[:, None]
     # A token outside of the kept top is at least as far below as the last one kept.
     column = np.where(matches.any(axis=1), matches.argmax(axis=1), reference.top_ids.shape[1] - 1)

@@ -6,9 +6,11 @@ random set of 256 vocabulary entries, which catches errors in the tail. So hundr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import LlamaExportError
+from .arrays import Float32, Float64, Int32
 from .decode_json import decode
 
 FOLDER = "reference"
@@ -29,12 +32,10 @@ _INDEX, _LOGITS = "reference.json", "logits.npz"
 _MAX_BYTES = 64 << 20
 """Of each file, and of its arrays when they are unpacked."""
 _MAX_VOCAB = 1 << 24
+_MAX_RANK, _MAX_SIZE = 2, 1 << 31
+"""Of a weight."""
 _ROW_BYTES = 8 * TOP + 8 + 4 * SAMPLES
 """What is kept of one position."""
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Int32 = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -171,14 +172,27 @@ def save_reference(reference: Reference, bundle: Path) -> None:
 
 def load_reference(bundle: Path) -> Reference:
     """Read and check the reference of a bundle; LlamaExportError when there is none or it is damaged."""
+    index = load_index(bundle)
+    folder = bundle / FOLDER
+    with _damage_as_one_sentence(folder):
+        return Reference(index, _read_logits(folder / _LOGITS, index))
+
+
+def load_index(bundle: Path) -> Index:
+    """Read and check the index alone; LlamaExportError when there is none or it is damaged."""
     folder = bundle / FOLDER
     if not (folder / _INDEX).is_file():
         raise LlamaExportError(
             f"The bundle {bundle} has no reference to compare with, it was built with --no-reference; build it without."
         )
+    with _damage_as_one_sentence(folder):
+        return _read_index(folder / _INDEX)
+
+
+@contextlib.contextmanager
+def _damage_as_one_sentence(folder: Path) -> Iterator[None]:
     try:
-        index = _read_index(folder / _INDEX)
-        return Reference(index, _read_logits(folder / _LOGITS, index))
+        yield
     except LlamaExportError:
         raise
     except Exception as error:  # json, zipfile, zlib and NumPy each have kinds of their own for what is damaged
@@ -217,7 +231,9 @@ def _problems(index: Index) -> Iterator[str]:
     if not index.weights:
         yield "no weights"
     for weight in (*index.weights, *index.tables):
-        if not weight.shape or min(weight.shape) < 1 or weight.row < 0:
+        if not 1 <= len(weight.shape) <= _MAX_RANK or not all(1 <= size <= _MAX_SIZE for size in weight.shape):
+            yield f"a weight {weight.name!r} of an impossible shape"
+        if not 0 <= weight.row <= _MAX_SIZE:
             yield f"a weight {weight.name!r} out of range"
     if _positions(index) * _ROW_BYTES > _MAX_BYTES:
         yield "more tokens than any reference"
@@ -257,7 +273,7 @@ def _read_array(archive: zipfile.ZipFile, name: str, dtype: np.dtype[Any], shape
                 f"{archive.filename} holds {name} as {kind} {list(found)}, but {dtype} {list(shape)} is expected; "
                 "build the bundle again."
             )
-        size = int(np.prod(shape)) * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
         data = file.read(size + 1)  # one more: only at the end does zipfile compare the checksum
     if len(data) != size:
         raise ValueError(f"{name} has another size than its header says")

@@ -12,13 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import LlamaExportError, UsageError
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Indices = npt.NDArray[np.int64]
+from .arrays import Float32, Float64, Int64
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ def greedy(logits: Float32) -> int:
     return index
 
 
-def penalise(logits: Float32, seen: Indices, penalty: float) -> Float32:
+def penalise(logits: Float32, seen: Int64, penalty: float) -> Float32:
     """Return a copy of `logits` in which the tokens `seen` (each once) are made less likely by `penalty` > 1."""
     out = logits.copy()
     values = out[seen]
@@ -74,16 +70,16 @@ def penalise(logits: Float32, seen: Indices, penalty: float) -> Float32:
     return out
 
 
-def top_k(logits: Float32, candidates: Indices, k: int) -> Indices:
+def top_k(logits: Float32, candidates: Int64, k: int) -> Int64:
     """Return the candidates with the k largest logits, and those equal to the k-th."""
     if k >= len(candidates):
         return candidates
     values = logits[candidates]
-    kept: Indices = candidates[values >= np.partition(values, len(values) - k)[len(values) - k]]
+    kept: Int64 = candidates[values >= np.partition(values, len(values) - k)[len(values) - k]]
     return kept
 
 
-def top_p(logits: Float32, candidates: Indices, p: float) -> Indices:
+def top_p(logits: Float32, candidates: Int64, p: float) -> Int64:
     """Return the most likely candidates whose probabilities before each sum to less than `p`; at least one.
 
     Probabilities are taken over the candidates. Only as many logits are sorted as are needed, since a few hundred of
@@ -99,18 +95,18 @@ def top_p(logits: Float32, candidates: Indices, p: float) -> Indices:
         until = np.cumsum(weights[order], dtype=np.float64)
         before = until - weights[order]
         if until[-1] >= p * total or len(order) == len(weights):
-            kept: Indices = candidates[np.sort(order[before < p * total])]
+            kept: Int64 = candidates[np.sort(order[before < p * total])]
             return kept
         count = min(count * 8, len(weights))
 
 
-def min_p(logits: Float32, candidates: Indices, p: float) -> Indices:
+def min_p(logits: Float32, candidates: Int64, p: float) -> Int64:
     """Return the candidates at least `p` times as likely as the likeliest."""
     values = logits[candidates]
     return candidates[values >= values.max() + math.log(p)] if p > 0 else candidates
 
 
-def distribution(logits: Float32, options: SamplingOptions) -> tuple[Indices, Float64]:
+def distribution(logits: Float32, options: SamplingOptions) -> tuple[Int64, Float64]:
     """Return the tokens that can be drawn, ascending, and their probabilities (float64, sum 1); temperature above 0.
 
     Raises LlamaExportError when the largest logit is NaN or infinite.

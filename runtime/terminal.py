@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import LlamaExportError, UsageError, did_you_mean
+from ..tables import plain
 from .generate import GenerationOptions, Result, Stream
 from .model import Model
 
 COMMANDS = {"/exit": "end the conversation (or Ctrl-D)", "/reset": "forget it and begin anew"}
-
-_CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])  # all but tab and line end
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,8 @@ def run(model: Model, request: RunRequest) -> None:
     if request.prompt is None:
         _converse(model, request)
         return
-    prompt = sys.stdin.read() if request.prompt == "-" else request.prompt
+    with _needing_text():
+        prompt = sys.stdin.read() if request.prompt == "-" else request.prompt
     if request.chat:
         text = model.conversation(request.system).say(prompt, request.options)
     else:
@@ -88,19 +88,30 @@ def _converse(model: Model, request: RunRequest) -> None:
 def _lines() -> Iterator[str]:
     """Yield the lines of stdin that are not blank, asking for them when a person sits there."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        yield from (line for line in map(str.strip, sys.stdin) if line)
+        with _needing_text():
+            yield from (line for line in map(str.strip, sys.stdin) if line)
         return
     with contextlib.suppress(ImportError):  # gives `input` its editing keys; Windows has its own
         import readline  # noqa: F401, PLC0415
     _say("Ctrl-C ends an answer. " + " ".join(f"{name}: {what}." for name, what in COMMANDS.items()))
     while True:
         try:
-            line = input("> ").strip()
+            with _needing_text():
+                line = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return
         if line:
             yield line
+
+
+@contextlib.contextmanager
+def _needing_text() -> Iterator[None]:
+    """Raise UsageError where stdin is not text."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UsageError(f"What stdin gives is not valid {error.encoding}; give the text as UTF-8.") from error
 
 
 def _show(text: Stream, model: Model, request: RunRequest) -> Result:
@@ -124,7 +135,7 @@ def _show(text: Stream, model: Model, request: RunRequest) -> Result:
 def to_json(result: Result, model: Model) -> dict[str, Any]:
     """Return the object that `run --json` prints; its keys are stable."""
     record = model.bundle.manifest.model
-    made_by = {"model": record.id, "backend": model.backend.name, "threads": model.backend.threads}
+    made_by = {"model": record.id, "backend": model.backend_name, "threads": model.threads}
     return {**result.to_json(), **made_by}
 
 
@@ -148,8 +159,8 @@ def _speed(rate: float | None) -> str:
 
 def _printable(text: str) -> str:
     """Return `text` without control characters where a terminal would obey them."""
-    return text.translate(_CONTROLS) if sys.stdout.isatty() else text
+    return plain(text) if sys.stdout.isatty() else text
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(plain(line), file=sys.stderr, flush=True)

@@ -5,21 +5,24 @@ This decodes the data file from the format's definition and shares no code with 
 
 from __future__ import annotations
 
-import os
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import LlamaExportError
-from .onnx_file import DATA_FILE, Initializer, external_initializers
+from .arrays import Float32
+from .bundle import DATA_FILE, GRAPH_FILE, Bundle
+from .onnx_file import Initializer
 from .reference import WeightRecord, fingerprint
+from .session import read_graph, weight_places
 
-Float32 = npt.NDArray[np.float32]
 _BLOCK = 32
 _STEP_VALUES = 1 << 21
 
@@ -36,22 +39,21 @@ class WeightDifference:
 
 
 def compare_weights(
-    bundle: Path, records: tuple[WeightRecord, ...], advance: Callable[[int, int], None], threads: int
+    bundle: Bundle, records: tuple[WeightRecord, ...], advance: Callable[[int, int], None], threads: int
 ) -> list[WeightDifference]:
     """The tensors of the bundle whose dequantised values differ from the recorded ones in any bit.
 
     advance: told values done and values in all. Raises LlamaExportError when the records do not fit the bundle's files,
     or leave a row of them out.
     """
-    data = bundle / DATA_FILE
-    initializers = external_initializers((bundle / "model.onnx").read_bytes(), data.stat().st_size)
+    data, initializers = bundle.path / DATA_FILE, weight_places(bundle, read_graph(bundle))
     _refuse_unrecorded(records, initializers)
-    total, done = sum(int(np.prod(record.shape)) for record in records), 0
+    total, done = sum(math.prod(record.shape) for record in records), 0
     differences = []
-    with data.open("rb") as file, ThreadPoolExecutor(threads) as pool:
-        compared = pool.map(lambda record: _compare(record, initializers, file.fileno()), records)
+    with ThreadPoolExecutor(threads) as pool:
+        compared = pool.map(lambda record: _compare(record, initializers, data), records)
         for record, difference in zip(records, compared, strict=True):
-            done += int(np.prod(record.shape))
+            done += math.prod(record.shape)
             advance(done, total)
             if difference is not None:
                 differences.append(difference)
@@ -71,21 +73,22 @@ def _refuse_unrecorded(records: tuple[WeightRecord, ...], initializers: Mapping[
             )
 
 
-def _compare(record: WeightRecord, initializers: Mapping[str, Initializer], file: int) -> WeightDifference | None:
+def _compare(record: WeightRecord, initializers: Mapping[str, Initializer], data: Path) -> WeightDifference | None:
     try:
-        digest, norm = fingerprint(_rows(record, initializers, file))
+        with FileIO(data) as file:  # of its own, as threads would move each other's place in it
+            digest, norm = fingerprint(_rows(record, initializers, file))
     except (KeyError, ValueError) as error:
         raise LlamaExportError(
-            f"model.onnx does not store {record.name} as {record.format}, as the reference says; build the bundle "
+            f"{GRAPH_FILE} does not store {record.name} as {record.format}, as the reference says; build the bundle "
             "again."
         ) from error
     return None if digest == record.sha256 else WeightDifference(record.name, norm, record.norm)
 
 
-def _rows(record: WeightRecord, initializers: Mapping[str, Initializer], file: int) -> Iterator[Float32]:
+def _rows(record: WeightRecord, initializers: Mapping[str, Initializer], file: FileIO) -> Iterator[Float32]:
     """The record's tensor, dequantised, a few rows at a time: [n, columns]."""
     stored = {role: _initializer(record, name, initializers) for role, name in record.initializers.items()}
-    rows, columns = record.shape[0], int(np.prod(record.shape[1:]))
+    rows, columns = record.shape[0], math.prod(record.shape[1:])
     decode = _DECODERS.get(record.format)
     if decode is None:
         raise LlamaExportError(f"The reference names an unknown format {record.format!r}; upgrade llama-export.")
@@ -104,19 +107,32 @@ def _initializer(record: WeightRecord, name: str, initializers: Mapping[str, Ini
     found = initializers.get(name)
     if found is None or not found.shape or record.row < 0 or record.row + record.shape[0] > found.shape[0]:
         raise LlamaExportError(
-            f"model.onnx has no {name!r} with the rows of {record.name}, as the reference says; build the bundle again."
+            f"{GRAPH_FILE} has no {name!r} with the rows of {record.name}, as the reference says; build the bundle "
+            "again."
         )
     return found
 
 
-def _read(tensor: Initializer, start: int, stop: int, file: int) -> npt.NDArray[np.generic]:
+def _read(tensor: Initializer, start: int, stop: int, file: FileIO) -> npt.NDArray[np.generic]:
     """Rows [start, stop) of a stored tensor as [n, numbers in a row]."""
     row = tensor.size // tensor.shape[0]
-    data = os.pread(file, (stop - start) * row, tensor.offset + start * row)
+    data = _bytes_at(tensor.offset + start * row, (stop - start) * row, file)
     if tensor.dtype == "bfloat16":
         widened = np.frombuffer(data, "<u2").astype("<u4") << 16
         return widened.view("<f4").reshape(stop - start, -1)
     return np.frombuffer(data, np.dtype(tensor.dtype).newbyteorder("<")).reshape(stop - start, -1)
+
+
+def _bytes_at(offset: int, size: int, file: FileIO) -> bytearray:
+    """The `size` bytes from `offset` on: one read may give fewer."""
+    data, done = bytearray(size), 0
+    file.seek(offset)
+    while done < size:
+        count = file.readinto(memoryview(data)[done:])
+        if not count:
+            raise LlamaExportError(f"{DATA_FILE} became shorter while it was read; copy the bundle again.")
+        done += count
+    return data
 
 
 Parts = Mapping[str, npt.NDArray[np.generic]]

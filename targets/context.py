@@ -9,10 +9,13 @@ bundle must fit with any version that its manifest allows.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from ..errors import LlamaExportError, UsageError
+from ..optimize.formats import BF16, FP16, FP32
+from ..tables import size
 from .devices import GB, Target
 
 STEP = 256
@@ -24,10 +27,15 @@ PREFILL_CHUNK = 512
 RUNTIME_BYTES = 150_000_000
 """Python, NumPy, ONNX Runtime and the tokenizer without a model (measured: 131 MB with the tokenizer of Llama 3)."""
 
-CPU_WEIGHT_FACTOR = 1.6
-"""Memory for a byte of weights on the CPU, whose kernels keep repacked copies (measured: 1,276 MB for 806 MB)."""
+CPU_BLOCK_FACTOR = 1.6
+"""Memory for a stored byte of int8 and int4 weights on the CPU, whose kernels keep repacked copies (measured: 1,276 MB
+for 806 MB).
+"""
 
-CACHE_BYTES = {"float32": 4, "float16": 2, "int8": 1}
+CPU_DENSE_FACTORS: Mapping[str, float] = {FP32.name: 1.0, FP16.name: 2.0, BF16.name: 2.0}
+"""The same of plain formats, which become float32 when the graph is loaded."""
+
+CACHE_BYTES = {"float32": 4, "float16": 2}
 
 
 class Shape(Protocol):
@@ -51,13 +59,14 @@ class Shape(Protocol):
 
 @dataclass(frozen=True)
 class Load:
-    """What is to run: the model's shape, the bytes of its weights as stored, and how it is run.
+    """What is to run: the model's shape, the bytes of its weights as stored, by the name of their format, and how it is
+    run.
 
-    cache_dtype: float32, float16 or int8; on_cpu: whether ONNX Runtime's CPU provider runs it.
+    cache_dtype: float32 or float16; on_cpu: whether ONNX Runtime's CPU provider runs it.
     """
 
     shape: Shape
-    weight_bytes: int
+    weight_bytes: Mapping[str, int]
     cache_dtype: str
     on_cpu: bool
     batch: int = 1
@@ -91,11 +100,18 @@ def workspace_bytes(load: Load, context: int) -> int:
     return rows * width * CACHE_BYTES[load.cache_dtype] + scores + logits
 
 
+def weight_memory(load: Load) -> int:
+    """Bytes that the weights take once they are loaded."""
+    if not load.on_cpu:
+        return sum(load.weight_bytes.values())
+    factors = {name: CPU_DENSE_FACTORS.get(name, CPU_BLOCK_FACTOR) for name in load.weight_bytes}
+    return int(sum(count * factors[name] for name, count in load.weight_bytes.items()))
+
+
 def needed_bytes(load: Load, context: int) -> int:
     """Bytes that the running model takes when its cache holds `context` tokens for each text."""
-    weights = int(load.weight_bytes * (CPU_WEIGHT_FACTOR if load.on_cpu else 1.0))
     cache = load.batch * context * bytes_per_token(load.shape, load.cache_dtype)
-    return RUNTIME_BYTES + weights + cache + workspace_bytes(load, context)
+    return RUNTIME_BYTES + weight_memory(load) + cache + workspace_bytes(load, context)
 
 
 def choose_context(target: Target, load: Load, max_positions: int, requested: int | None = None) -> ContextChoice:
@@ -117,14 +133,14 @@ def default_context(target: Target, load: Load, max_positions: int) -> ContextCh
     budget = int(target.usable_gb * GB)
     needed = needed_bytes(load, max_positions)
     if needed <= budget:
-        reason = f"all that the model knows, which takes {_gb(needed)} of the {_budget(target)}."
+        reason = f"all that the model knows, which takes {size(needed)} of the {_budget(target)}."
         return ContextChoice(max_positions, f"Context {max_positions:,} tokens: {reason}")
-    sizes = range(STEP, max_positions, STEP)
-    fitting = bisect_right(sizes, budget, key=lambda context: needed_bytes(load, context))
+    steps = range(STEP, max_positions, STEP)
+    fitting = bisect_right(steps, budget, key=lambda context: needed_bytes(load, context))
     if fitting == 0:
         raise LlamaExportError(_does_not_fit(target, load, min(STEP, max_positions)))
-    context = sizes[fitting - 1]
-    weights, tokens = _gb(needed_bytes(load, 0)), _gb(_for_tokens(load))
+    context = steps[fitting - 1]
+    weights, tokens = size(needed_bytes(load, 0)), size(_for_tokens(load))
     return ContextChoice(
         context,
         f"Context {context:,} tokens of the model's {max_positions:,}: more does not fit the {_budget(target)}, "
@@ -143,14 +159,14 @@ def _requested_context(target: Target, load: Load, max_positions: int, requested
     if needed <= int(target.usable_gb * GB):
         return ContextChoice(requested, reason)
     warning = (
-        f"A context of {requested:,} tokens takes about {_gb(needed)}, which is above the {_budget(target)}: "
+        f"A context of {requested:,} tokens takes about {size(needed)}, which is above the {_budget(target)}: "
         f"it may not load there."
     )
     return ContextChoice(requested, reason, warning)
 
 
 def _does_not_fit(target: Target, load: Load, context: int) -> str:
-    needed, weights = _gb(needed_bytes(load, context)), _gb(needed_bytes(load, 0))
+    needed, weights = size(needed_bytes(load, context)), size(needed_bytes(load, 0))
     return (
         f"The model does not fit {target.name}: with a context of {context} tokens it takes {needed} "
         f"(weights {weights}), which is above the {_budget(target)}; choose a smaller --precision, a larger --target, "
@@ -167,7 +183,3 @@ def _for_tokens(load: Load, tokens: int = 1000) -> int:
 def _budget(target: Target) -> str:
     assumed = " (an assumption)" if target.is_assumed("memory_gb") else ""
     return f"{target.usable_gb:.1f} GB that {target.name} has free of its {target.memory_gb:g} GB{assumed}"
-
-
-def _gb(size: int) -> str:
-    return f"{size / GB:.1f} GB" if size >= 0.95 * GB else f"{size / 1e6:,.0f} MB"

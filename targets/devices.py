@@ -7,7 +7,6 @@ has the same keys, and may begin with `base = "NAME"` to change only some facts 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,23 +14,19 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import LlamaExportError, UsageError, did_you_mean
+from ..runtime.bundle import CPU_PROVIDER, CUDA_PROVIDER
 from .jetpack import JETPACKS, JetPack
 from .schema import check_facts, field_names
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from .toml_file import read_toml
 
 CATALOGUE = Path(__file__).parent / "catalogue"
 GB = 1e9
-MAX_FILE_BYTES = 1 << 20
 
 KINDS = ("cpu", "gpu", "jetson", "spark")
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 NATIVE_FORMATS = ("fp32", "fp16", "bf16", "int8", "int4", "fp8", "nvfp4")
 BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
-PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")
+PROVIDERS = (CPU_PROVIDER, CUDA_PROVIDER)
 ASSUMPTION = "assumption"
 
 
@@ -86,13 +81,6 @@ class Target:
         """The JetPack that engines are meant for, on a Jetson."""
         return JETPACKS[self.jetpack] if self.jetpack else None
 
-    @property
-    def engine_dialect(self) -> str | None:
-        """The graph that an engine for this target is built from; None where ONNX Runtime is the backend."""
-        if self.backend == "onnxruntime":
-            return None
-        return self.release.dialect if self.release else "trt"
-
     def is_assumed(self, fact: str) -> bool:
         """Whether `fact` is our assumption, not the vendor's word."""
         return self.sources.get(fact, "").startswith(ASSUMPTION)
@@ -119,7 +107,8 @@ def target_names() -> tuple[str, ...]:
 def load_target(name_or_path: str) -> Target:
     """Read a target by name, or from a TOML file of the user's own.
 
-    Raises UsageError for an unknown name and a missing file, LlamaExportError for a file that says too little or wrong.
+    Raises UsageError for an unknown name and a file that cannot be read, LlamaExportError for one that says too little
+    or wrong.
     """
     if name_or_path == "host":
         from .host import host_target  # noqa: PLC0415  # it reads the catalogue itself
@@ -127,7 +116,7 @@ def load_target(name_or_path: str) -> Target:
         return host_target()
     if name_or_path in target_names():
         path = CATALOGUE / f"{name_or_path}.toml"
-        return target_from(_read(path), path)
+        return target_from(read_toml(path), path)
     path = Path(name_or_path)
     if path.suffix == ".toml" or path.is_file():
         return _user_target(path)
@@ -150,7 +139,7 @@ def target_from(facts: Mapping[str, Any], path: Path) -> Target:
 
 
 def _user_target(path: Path) -> Target:
-    facts = _read(path)
+    facts = read_toml(path)
     base = facts.pop("base", None)
     if base is None:
         return target_from(facts, path)
@@ -169,19 +158,6 @@ def _user_target(path: Path) -> Target:
     return target_from({**listed, "name": path.stem, **facts}, path)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_FILE_BYTES + 1)
-        if len(text) > MAX_FILE_BYTES:
-            raise LlamaExportError(f"{path} is larger than {MAX_FILE_BYTES} bytes, which no target's file is.")
-        return tomllib.loads(text.decode("utf-8"))
-    except OSError as error:
-        raise UsageError(f"The target's file {path} cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise LlamaExportError(f"{path} is not a TOML file: {error}.") from error
-
-
 def _peak(entry: Any, path: Path) -> Peak:
     if not isinstance(entry, dict):
         raise LlamaExportError(f"{path}: peak holds {entry!r}, but a list of tables [[peak]] is needed.")
@@ -198,8 +174,8 @@ def _check_together(target: Target, path: Path) -> None:
         f"reserve_gb {target.reserve_gb} must be at least 0 and below memory_gb {target.memory_gb}": (
             not 0 <= target.reserve_gb < target.memory_gb
         ),
-        "providers must end with 'CPUExecutionProvider', which runs what the others cannot": (
-            target.providers[-1:] != ("CPUExecutionProvider",)
+        f"providers must end with {CPU_PROVIDER!r}, which runs what the others cannot": (
+            target.providers[-1:] != (CPU_PROVIDER,)
         ),
         f"jetpack {target.jetpack!r} is not among the jetpacks {list(target.jetpacks)}": (
             target.jetpack is not None and target.jetpack not in target.jetpacks

@@ -7,7 +7,6 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +26,7 @@ NOTABLE_FLAGS = {
     "sve": "sve",
 }
 NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,memory.total,compute_cap,driver_version", "--format=csv,noheader,nounits")
+ROOT = Path("/")
 GPU_RESERVE_GB = 1.0
 RESERVE_SHARE, RESERVE_LIMITS_GB = 0.25, (0.5, 2.0)
 
@@ -52,12 +52,11 @@ class Jetson:
 
 @dataclass(frozen=True)
 class Machine:
-    """logical_cores are those that this process may use; memory in bytes is bounded by a container's limit."""
+    """memory in bytes is bounded by a container's limit."""
 
     system: str
     architecture: str
     cpu: str
-    logical_cores: int
     flags: tuple[str, ...]
     memory_bytes: int
     available_bytes: int
@@ -66,36 +65,34 @@ class Machine:
     jetson: Jetson | None
 
 
-def read_machine(root: Path = Path("/"), run: Callable[[], str] | None = None) -> Machine:
-    """Look at this machine. `root` and `run` (what nvidia-smi prints) are there for tests."""
-    cpu = _first_cpu(_text(root / "proc/cpuinfo"))
+def read_machine() -> Machine:
+    """Look at this machine."""
+    cpu = _first_cpu(_text("proc/cpuinfo"))
     flags = (cpu.get("flags") or cpu.get("Features") or "").split()
-    memory, available = _memory(root)
-    gpus = read_gpus(_nvidia_smi() if run is None else run())
+    memory, available = _memory()
+    gpus = read_gpus(_nvidia_smi())
     return Machine(
         system=platform.system(),
         architecture=platform.machine(),
         cpu=cpu.get("model name") or platform.processor() or platform.machine(),
-        logical_cores=_usable_cores(),
         flags=tuple(shown for name, shown in NOTABLE_FLAGS.items() if name in flags),
         memory_bytes=memory,
         available_bytes=available,
         gpus=gpus,
-        nvidia_driver=gpus[0].driver if gpus else _driver_version(root),
-        jetson=_jetson(root),
+        nvidia_driver=gpus[0].driver if gpus else _driver_version(),
+        jetson=_jetson(),
     )
 
 
-def host_target(machine: Machine | None = None, has_cuda_runtime: bool | None = None) -> Target:
+def host_target(machine: Machine | None = None) -> Target:
     """This machine as a target named `host`: a Jetson, a computer with an NVIDIA GPU, or a computer.
 
     A GPU counts only where onnxruntime-gpu is installed, since ONNX Runtime is what runs the bundle.
     """
     machine = read_machine() if machine is None else machine
-    cuda = _has_onnxruntime_gpu() if has_cuda_runtime is None else has_cuda_runtime
     if machine.jetson is not None:
         return _jetson_target(machine, machine.jetson)
-    if machine.gpus and cuda:
+    if machine.gpus and _has_onnxruntime_gpu():
         return _gpu_target(machine, machine.gpus[0])
     return _with_memory(
         load_target("cpu"), f"This machine: {machine.cpu}", machine.memory_bytes / GB, _reserve_gb(machine)
@@ -162,13 +159,9 @@ def _first_cpu(cpuinfo: str) -> dict[str, str]:
     return {key.strip(): value.strip() for key, value in pairs}
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _memory(root: Path) -> tuple[int, int]:
+def _memory() -> tuple[int, int]:
     """Total and available bytes: the machine's, or a container's limit where that is lower."""
-    sizes = dict(re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE))
+    sizes = dict(re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB", _text("proc/meminfo"), re.MULTILINE))
     if "MemTotal" in sizes:
         total = int(sizes["MemTotal"]) * 1024
     elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
@@ -176,25 +169,25 @@ def _memory(root: Path) -> tuple[int, int]:
     else:
         total = 0
     available = int(sizes["MemAvailable"]) * 1024 if "MemAvailable" in sizes else total
-    limit = _text(root / "sys/fs/cgroup/memory.max").strip()
+    limit = _text("sys/fs/cgroup/memory.max").strip()
     if limit.isdigit() and int(limit) < total:
-        used = _text(root / "sys/fs/cgroup/memory.current").strip()
+        used = _text("sys/fs/cgroup/memory.current").strip()
         total = int(limit)
         available = min(available, total - int(used)) if used.isdigit() else min(available, total)
     return total, max(available, 0)
 
 
-def _jetson(root: Path) -> Jetson | None:
-    model = _text(root / "proc/device-tree/model").rstrip("\0").strip()
-    release = re.search(r"R(\d+) \(release\), REVISION: (\d+(?:\.\d+)*)", _text(root / "etc/nv_tegra_release"))
+def _jetson() -> Jetson | None:
+    model = _text("proc/device-tree/model").rstrip("\0").strip()
+    release = re.search(r"R(\d+) \(release\), REVISION: (\d+(?:\.\d+)*)", _text("etc/nv_tegra_release"))
     if release is None:
         return None
     l4t = f"{release[1]}.{release[2]}"
     return Jetson(model or "NVIDIA Jetson", l4t, jetpack_of_l4t(l4t))
 
 
-def _driver_version(root: Path) -> str | None:
-    found = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s", _text(root / "proc/driver/nvidia/version"))
+def _driver_version() -> str | None:
+    found = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s", _text("proc/driver/nvidia/version"))
     return found[1] if found else None
 
 
@@ -218,9 +211,9 @@ def _has_onnxruntime_gpu() -> bool:
     return True
 
 
-def _text(path: Path) -> str:
-    """A file's text, or nothing where it is absent or unreadable: most of these exist on some machines only."""
+def _text(name: str) -> str:
+    """A system file's text, or nothing where it is absent or unreadable: most of these exist on some machines only."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return (ROOT / name).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""

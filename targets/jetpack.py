@@ -1,12 +1,10 @@
-"""NVIDIA's system releases for Jetson, and what each brings: they decide which graph its TensorRT can read."""
+"""NVIDIA's system releases for Jetson, and what each brings."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 SOURCE = "NVIDIA's JetPack and Jetson Linux release notes, read 2026-11"
-FUSED_OPS_SINCE = (10, 15)
-"""The TensorRT whose ONNX parser first reads Attention, RotaryEmbedding, RMSNormalization and TensorScatter."""
 
 
 @dataclass(frozen=True)
@@ -18,25 +16,18 @@ class JetPack:
     cuda: str
     tensorrt: str
     python: str
-    families: tuple[str, ...]
-
-    @property
-    def dialect(self) -> str:
-        """The graph for this TensorRT: `trt` (fused standard ops) or `trt-primitive`."""
-        version = tuple(int(part) for part in self.tensorrt.split("."))
-        return "trt" if version >= FUSED_OPS_SINCE else "trt-primitive"
 
 
 JETPACKS = {
     release.version: release
     for release in (
-        JetPack("5.1", ("35",), "11.4", "8.5.2", "3.8", ("orin",)),
-        JetPack("6.0", ("36.3",), "12.2", "8.6.2", "3.10", ("orin",)),
-        JetPack("6.1", ("36.4.0",), "12.6", "10.3.0", "3.10", ("orin",)),
-        JetPack("6.2", ("36.4", "36.5"), "12.6", "10.3.0", "3.10", ("orin",)),
-        JetPack("7.0", ("38.2",), "13.0", "10.13.3", "3.12", ("thor",)),
-        JetPack("7.1", ("38.4",), "13.0", "10.13.3", "3.12", ("thor",)),
-        JetPack("7.2", ("39.2",), "13.2", "10.16.2", "3.12", ("orin", "thor")),
+        JetPack("5.1", ("35",), "11.4", "8.5.2", "3.8"),
+        JetPack("6.0", ("36.3",), "12.2", "8.6.2", "3.10"),
+        JetPack("6.1", ("36.4.0",), "12.6", "10.3.0", "3.10"),
+        JetPack("6.2", ("36.4", "36.5"), "12.6", "10.3.0", "3.10"),
+        JetPack("7.0", ("38.2",), "13.0", "10.13.3", "3.12"),
+        JetPack("7.1", ("38.4",), "13.0", "10.13.3", "3.12"),
+        JetPack("7.2", ("39.2",), "13.2", "10.16.2", "3.12"),
     )
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..runtime.bundle import CPU_PROVIDER, CUDA_PROVIDER
 from .devices import Target
 
 DEVICE_PYTHON = (3, 10)
@@ -27,12 +28,12 @@ class Made:
     @property
     def on_cpu(self) -> bool:
         """Whether the CPU provider runs the bundle."""
-        return self.providers[0] == "CPUExecutionProvider"
+        return self.providers[0] == CPU_PROVIDER
 
 
 def what_is_made(target: Target) -> Made:
     """What `build` makes for `target`."""
-    on_cuda = target.providers[0] == "CUDAExecutionProvider"
+    on_cuda = target.providers[0] == CUDA_PROVIDER
     activations = "float16" if on_cuda else "float32"
     device = "device" if target.kind == "jetson" else "computer"
     where = f"the {device}'s GPU through CUDA" if on_cuda else f"the {device}'s CPU"

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import mmap
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from llama_export.errors import LlamaExportError, UsageError
 from llama_export.runtime.backend import OnnxRuntimeBackend
+from llama_export.runtime.batch import BatchReplay
 from llama_export.runtime.bundle import Bundle
 from llama_export.runtime.cache import lazy_zeros
-
-from .support.tiny_bundle import TinyLlama, random_llama, write_bundle
+from support.tiny_bundle import TinyLlama, random_llama, write_bundle
 
 pytest.importorskip("onnxruntime", reason="the backend needs ONNX Runtime")
 
@@ -131,13 +135,53 @@ def test_wrong_arguments(backend: OnnxRuntimeBackend, call: Any, message: str) -
     assert backend.length == 0
 
 
-def test_a_changed_graph_as_bytes_finds_its_weights(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_changed_graph_finds_its_weights(bundle: Bundle) -> None:
     graph = bundle.file("model.onnx").read_bytes()
     close(OnnxRuntimeBackend(bundle, model=graph).extend(IDS)[0], EXPECTED[-1])
-    elsewhere = tmp_path / "copy.onnx"
-    elsewhere.write_bytes(graph)
-    (tmp_path / "model.onnx.data").write_bytes(bundle.file("model.onnx.data").read_bytes())
-    close(OnnxRuntimeBackend(bundle, model=elsewhere).extend(IDS)[0], EXPECTED[-1])
+
+
+@pytest.fixture
+def own_bundle(tmp_path: Path) -> Bundle:
+    """To be damaged."""
+    return write_bundle(tmp_path / "own", LLAMA)
+
+
+LOADERS: dict[str, Callable[[Bundle, bytes], object]] = {
+    "run": lambda bundle, graph: OnnxRuntimeBackend(bundle, model=graph, threads=1),
+    "replay": lambda bundle, graph: BatchReplay(bundle, 2, model=graph, threads=1),
+}
+"""Every way to load a graph: all make the same checks."""
+
+
+@pytest.fixture(params=LOADERS)
+def load(request: pytest.FixtureRequest) -> Callable[[Bundle, bytes], object]:
+    return LOADERS[request.param]
+
+
+def test_no_weight_is_read_from_outside_of_the_bundle(own_bundle: Bundle, load: Callable[..., object]) -> None:
+    """ONNX Runtime 1.23 itself follows such a location."""
+    graph, data = (own_bundle.file(name) for name in ("model.onnx", "model.onnx.data"))
+    secret = own_bundle.path.parent / "aa.onnx.data"
+    secret.write_bytes(data.read_bytes())
+    elsewhere = graph.read_bytes().replace(b"model.onnx.data", b"../aa.onnx.data")
+    with pytest.raises(LlamaExportError, match=r"'\.\./aa\.onnx\.data'.* but a bundle keeps its weights in"):
+        load(own_bundle, elsewhere)
+    data.unlink()
+    with pytest.raises(LlamaExportError, match=r"does not fit its shape .* or the 0 bytes"):
+        load(own_bundle, graph.read_bytes())
+    data.symlink_to(secret)
+    with pytest.raises(LlamaExportError, match="link that leads out of the bundle"):
+        load(own_bundle, graph.read_bytes())
+
+
+def test_a_graph_that_cannot_be_read(own_bundle: Bundle) -> None:
+    with own_bundle.file("model.onnx").open("r+b") as file:
+        file.truncate(257 << 20)
+    with pytest.raises(LlamaExportError, match="larger than any graph"):
+        OnnxRuntimeBackend(own_bundle)
+    own_bundle.file("model.onnx").unlink()
+    with pytest.raises(LlamaExportError, match=r"model\.onnx cannot be read: No such file"):
+        OnnxRuntimeBackend(own_bundle)
 
 
 def with_manifest(bundle: Bundle, **changes: Any) -> Bundle:
@@ -153,28 +197,34 @@ def with_manifest(bundle: Bundle, **changes: Any) -> Bundle:
         ({"head_dim": 8}, r"past_key_values\.0\.key should be"),
     ],
 )
-def test_a_graph_that_does_not_fit_its_manifest(bundle: Bundle, changes: dict[str, int], message: str) -> None:
+def test_a_graph_that_does_not_fit_its_manifest(
+    bundle: Bundle, load: Callable[[Bundle, bytes], object], changes: dict[str, int], message: str
+) -> None:
+    changed = with_manifest(bundle, shape=dataclasses.replace(bundle.manifest.shape, **changes))
     with pytest.raises(LlamaExportError, match=message):
-        OnnxRuntimeBackend(with_manifest(bundle, shape=dataclasses.replace(bundle.manifest.shape, **changes)))
+        load(changed, bundle.file("model.onnx").read_bytes())
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"dialect": "trt"}, "dialect 'ort', but this one is 'trt'"),
+        ({"minimum": {"python": "9.9"}}, r"needs Python 9\.9 or newer"),
         ({"minimum": {"onnxruntime": "99.1"}}, r"needs onnxruntime 99\.1 or newer, but here is .*; upgrade"),
         ({"providers": ("CUDAExecutionProvider",)}, r"needs CUDAExecutionProvider.*llama-export\[gpu\]"),
         ({"providers": ("MagicExecutionProvider",)}, "asks for MagicExecutionProvider, but only CPU"),
     ],
 )
-def test_what_cannot_run_here_says_so(bundle: Bundle, changes: dict[str, Any], message: str) -> None:
+def test_what_cannot_run_here_says_so_before_it_is_loaded(
+    bundle: Bundle, load: Callable[[Bundle, bytes], object], changes: dict[str, Any], message: str
+) -> None:
     if "CUDA" in message:
         import onnxruntime
 
         if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
             pytest.skip("this onnxruntime has CUDA")
     with pytest.raises(LlamaExportError, match=message):
-        OnnxRuntimeBackend(with_manifest(bundle, **changes))
+        load(with_manifest(bundle, **changes), b"no graph")
 
 
 def test_without_onnxruntime(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,12 +233,16 @@ def test_without_onnxruntime(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) ->
         OnnxRuntimeBackend(bundle)
 
 
+def test_a_broken_onnxruntime_sends_to_the_doctor(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", ModuleType("onnxruntime"))
+    with pytest.raises(LlamaExportError, match=r"does not work \(AttributeError: .*`llama-export doctor`"):
+        OnnxRuntimeBackend(bundle)
+
+
 @pytest.mark.parametrize("graph", [b"", b"not a graph", b"\x08\x0a"])
-def test_a_graph_that_is_none(bundle: Bundle, graph: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    path.write_bytes(graph)
-    with pytest.raises(LlamaExportError, match="cannot load the model") as caught:
-        OnnxRuntimeBackend(bundle, model=path)
+def test_a_graph_that_is_none(bundle: Bundle, graph: bytes) -> None:
+    with pytest.raises(LlamaExportError, match=r"cannot load the model|model\.onnx is damaged") as caught:
+        OnnxRuntimeBackend(bundle, model=graph)
     assert "\n" not in str(caught.value)
 
 
@@ -207,6 +261,16 @@ def test_name_and_threads(backend: OnnxRuntimeBackend) -> None:
 def test_a_cache_beyond_the_address_space_is_refused() -> None:
     with pytest.raises(LlamaExportError, match="smaller --context"):
         lazy_zeros((1 << 20, 1 << 20, 1 << 20), np.float32)
+
+
+def test_a_kernel_without_huge_pages_is_not_told_to_avoid_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Memory(mmap.mmap):
+        def madvise(self, *advice: int) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr("llama_export.runtime.cache.mmap.mmap", Memory)
+    monkeypatch.setattr(mmap, "MADV_NOHUGEPAGE", 15, raising=False)
+    assert lazy_zeros((3, 5), np.float32).shape == (3, 5)
 
 
 def test_a_large_cache_takes_no_memory_before_it_is_written() -> None:

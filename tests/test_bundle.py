@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from llama_export.errors import LlamaExportError, UsageError
 from llama_export.runtime.bundle import FileRecord, Limits, Manifest, Tokens, is_safe_name, open_bundle, seal
+from llama_export.runtime.hashes import check_files
 from llama_export.runtime.hashing import sha256_of
-
-from .support.tiny_bundle import TinyLlama, manifest_for
+from support.tiny_bundle import TinyLlama, manifest_for
 
 MANIFEST = manifest_for(TinyLlama({}))
 
@@ -62,10 +62,12 @@ def test_newer_schema_says_upgrade() -> None:
         ("tokens.bos", -1, r"tokens\.bos must be"),
         ("dialect", "torch", "dialect must be one of ort, trt"),
         ("minimum", {"onnxruntime": "new"}, r"minimum\.onnxruntime must be a version"),
+        ("minimum", {"onnxruntime": "9" * 5000}, r"minimum\.onnxruntime must be a version"),
         ("target", ..., "lacks the key 'target'"),
         ("files", {"a": {"sha256": "xyz", "size": 1}}, "64 hexadecimal"),
         ("files", {"a": {"sha256": "0" * 64, "size": -1}}, "size must be from 0"),
         ("files", {"../a": {"sha256": "0" * 64, "size": 1}}, r"'\.\./a', which does not name a file inside"),
+        ("files", {"\ud800": {"sha256": "0" * 64, "size": 1}}, "does not name a file inside"),
         ("files", [], "files must be an object"),
         ("notes", ["a", 3], r"notes\[1\] must be a string"),
     ],
@@ -110,16 +112,6 @@ def test_seal_records_every_file_and_opens(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "engine", "manifest.json"]
 
 
-def test_seal_trusts_known_hashes_of_the_right_size_only(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"12345")
-    (tmp_path / "b").write_bytes(b"12345")
-    known = {"a": FileRecord("1" * 64, 5), "b": FileRecord("1" * 64, 4), "gone": FileRecord("2" * 64, 5)}
-    files = seal(tmp_path, MANIFEST, known=known).files
-    assert files["a"].sha256 == "1" * 64
-    assert files["b"].sha256 == sha256_of(tmp_path / "b")
-    assert "gone" not in files
-
-
 def test_opening_what_is_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"There is no bundle .*absent; make one with `llama-export build"):
         open_bundle(tmp_path / "absent")
@@ -151,6 +143,25 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
         open_bundle(folder)
     with pytest.raises(LlamaExportError, match="link that leads out"):
         seal(folder, MANIFEST)
+
+
+def test_links_in_a_circle_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    seal(tmp_path, MANIFEST)
+    (tmp_path / "a").unlink()
+    (tmp_path / "a").symlink_to("a")
+    with pytest.raises(LlamaExportError, match=r"link that leads nowhere|is missing"):
+        check_files(open_bundle(tmp_path))
+
+
+def test_a_home_that_nobody_has(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="There is no bundle ~nobody-is-called-so/b"):
+        open_bundle("~nobody-is-called-so/b")
+
+
+def test_the_provider_that_a_bundle_needs() -> None:
+    assert dataclasses.replace(MANIFEST, providers=()).provider == "CPUExecutionProvider"
+    assert dataclasses.replace(MANIFEST, providers=("X", "CPUExecutionProvider")).provider == "X"
 
 
 def test_a_bundle_behind_a_link_opens(tmp_path: Path) -> None:

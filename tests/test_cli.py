@@ -263,3 +263,18 @@ def test_doctor_always_ends_well_and_sees_wrong_settings(tmp_path: Path, monkeyp
     assert result.exit_code == 0
     assert "unknown key 'modle'. Did you mean 'model'?" in result.output
     assert json.loads(call("doctor", "--json").output)["settings_error"].endswith(".")
+
+
+def test_an_error_cannot_speak_to_the_terminal(tmp_path: Path) -> None:
+    result = call("inspect", str(tmp_path / "\x1b[2Ja\x9b"))
+    assert result.exit_code == 2
+    assert "[2Ja;" in result.stderr
+    assert not any(char in result.stderr for char in "\x1b\x9b")
+
+
+@pytest.mark.parametrize("command", ["run", "verify"])
+@pytest.mark.parametrize("threads", ["0", "1025"])
+def test_threads_have_one_range(command: str, threads: str) -> None:
+    result = call(command, "bundle", "--threads", threads)
+    assert result.exit_code == 2
+    assert "is not in the range 1<=x<=1024" in result.stderr

@@ -32,20 +32,20 @@ LLAMA_1B = Shape(layers=16, hidden=2048, heads=32, kv_heads=8, head_dim=64, ffn=
 
 
 def load_1b(**changes: object) -> Load:
-    return replace(Load(LLAMA_1B, 806_000_000, "float32", on_cpu=True), **changes)
+    return replace(Load(LLAMA_1B, {"int4": 806_000_000}, "float32", on_cpu=True), **changes)
 
 
 def with_memory(usable_gb: float) -> Target:
     return replace(load_target("cpu"), memory_gb=usable_gb + 2, reserve_gb=2)
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("float32", 240), ("float16", 120), ("int8", 60)])
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", 240), ("float16", 120)])
 def test_a_token_leaves_keys_and_values_in_every_layer(dtype: str, expected: int) -> None:
     assert bytes_per_token(Shape(), dtype) == expected  # 2 * 3 layers * 2 KV heads * 5 * itemsize
 
 
 def test_workspace_counts_the_chunk_and_on_the_cpu_the_scores() -> None:
-    on_gpu = Load(Shape(), 0, "float16", on_cpu=False, batch=2, prefill_chunk=16)
+    on_gpu = Load(Shape(), {}, "float16", on_cpu=False, batch=2, prefill_chunk=16)
     width = 3 * 28 + 4 * 20 + (6 + 4) * 5
     logits = 4 * 2 * 101
     assert workspace_bytes(on_gpu, 100) == 2 * 16 * width * 2 + logits
@@ -60,8 +60,18 @@ def test_weights_count_more_on_the_cpu_than_in_their_file() -> None:
     assert 806e6 <= cuda < 807e6
 
 
+def test_plain_weights_are_float32_in_memory_on_the_cpu() -> None:
+    def weights(load: Load) -> int:
+        return needed_bytes(load, 0) - needed_bytes(replace(load, weight_bytes={}), 0)
+
+    halves = {"fp16": 1_000_000, "bf16": 500_000}
+    assert weights(load_1b(weight_bytes=halves)) >= 2 * 1_500_000
+    assert weights(load_1b(weight_bytes={**halves, "int8": 100_000})) == weights(load_1b(weight_bytes=halves)) + 160_000
+    assert weights(load_1b(weight_bytes=halves, on_cpu=False)) == 1_500_000
+
+
 def test_the_whole_context_is_chosen_where_it_fits_even_if_odd() -> None:
-    choice = default_context(with_memory(2), Load(Shape(), 1000, "float32", on_cpu=True), 1001)
+    choice = default_context(with_memory(2), Load(Shape(), {"fp32": 1000}, "float32", on_cpu=True), 1001)
     assert (choice.context, choice.warning) == (1001, None)
     assert "Context 1,001 tokens: all that the model knows" in choice.reason
 
@@ -75,8 +85,8 @@ def test_memory_bounds_the_context_to_a_multiple_of_256() -> None:
     assert choice.reason.endswith(".")
 
 
-@pytest.mark.parametrize("change", [{"batch": 4}, {"weight_bytes": 1_200_000_000}])
-def test_what_takes_more_leaves_fewer_tokens(change: dict[str, int]) -> None:
+@pytest.mark.parametrize("change", [{"batch": 4}, {"weight_bytes": {"int4": 1_200_000_000}}])
+def test_what_takes_more_leaves_fewer_tokens(change: dict[str, object]) -> None:
     target = with_memory(3)
     assert (
         default_context(target, load_1b(**change), 131_072).context
@@ -92,9 +102,9 @@ def test_a_float16_cache_on_a_gpu_holds_more_tokens() -> None:
 
 def test_a_model_that_does_not_fit_is_refused_with_numbers_and_a_way_out() -> None:
     with pytest.raises(LlamaExportError) as caught:
-        default_context(load_target("jetson-orin-nano-4gb"), load_1b(weight_bytes=4_500_000_000), 131_072)
+        default_context(load_target("jetson-orin-nano-4gb"), load_1b(weight_bytes={"int4": 4_500_000_000}), 131_072)
     message = str(caught.value)
-    for part in ("jetson-orin-nano-4gb", "2.4 GB", "7.4 GB", "--precision", "--target", "--context"):
+    for part in ("jetson-orin-nano-4gb", "2.4 GB", "7.4", "--precision", "--target", "--context"):
         assert part in message
 
 

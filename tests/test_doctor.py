@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from llama_export import doctor
+from llama_export import doctor, installed
 from llama_export.doctor import OnnxRuntime, Surroundings
 from llama_export.installed import Package, packages_by_extra, untested_versions
 from llama_export.targets.host import Gpu, Jetson, Machine
@@ -17,7 +17,6 @@ MACHINE = Machine(
     system="Linux",
     architecture="x86_64",
     cpu="A CPU",
-    logical_cores=8,
     flags=("avx2", "avx512_vnni"),
     memory_bytes=16_000_000_000,
     available_bytes=9_000_000_000,
@@ -27,6 +26,7 @@ MACHINE = Machine(
 )
 HEALTHY = Surroundings(
     machine=MACHINE,
+    cpus=8,
     cores=4,
     python=(3, 11, 7),
     packages={"base": (Package("numpy", ">=1.26", "2.4.6"),), "build": (Package("torch", ">=2.13", "2.13.0+cpu"),)},
@@ -154,28 +154,48 @@ def test_a_broken_onnxruntime_is_reported_not_raised(monkeypatch: pytest.MonkeyP
     assert doctor.examine().onnxruntime == OnnxRuntime("9.9", ("CPUExecutionProvider",))
 
 
-def test_extras_are_read_from_the_packages_own_metadata() -> None:
+def test_a_machine_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(_: int) -> None:
+        raise KeyError
+
+    pwd = pytest.importorskip("pwd", reason="users without a home are those of POSIX systems")
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    for name in ("HOME", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    assert list(doctor.examine().free) == [str(Path.cwd())]
+
+
+def test_the_disk_of_the_hubs_downloads_is_looked_at(tmp_path: Path) -> None:
+    folder, home, cache = (str(tmp_path / name) for name in ("a", "b", "c"))
+    everything = {"HF_HUB_CACHE": folder, "HF_HOME": home, "XDG_CACHE_HOME": cache}
+    assert doctor.hub_folder(everything) == tmp_path / "a"
+    assert doctor.hub_folder({"HF_HOME": home, "XDG_CACHE_HOME": cache}) == tmp_path / "b"
+    assert doctor.hub_folder({"XDG_CACHE_HOME": cache}) == tmp_path / "c" / "huggingface"
+    assert doctor.hub_folder({}) == Path.home() / ".cache" / "huggingface"
+
+
+def test_extras_are_read_from_the_packages_own_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"numpy": "2.0.0", "torch": "2.12.1+cu130", "onnx-ir": "1.1.0"}
-    extras = packages_by_extra(
-        [
-            "numpy>=1.26",
-            'tomli>=2; python_version < "3.0"',
-            'torch>=2.13; extra == "build"',
-            "onnx-ir[x]>=0.1.15 ; extra == 'build'",
-            'uvicorn; extra == "serve"',
-        ],
-        versions.get,
-    )
-    assert {extra: [str(package) for package in packages] for extra, packages in extras.items()} == {
+    asked = [
+        "numpy>=1.26",
+        'tomli>=2; python_version < "3.0"',
+        'torch>=2.13; extra == "build"',
+        "onnx-ir[x]>=0.1.15 ; extra == 'build'",
+        'uvicorn; extra == "serve"',
+    ]
+    monkeypatch.setattr(installed.metadata, "requires", lambda _: asked)
+    monkeypatch.setattr(installed, "installed_version", versions.get)
+    assert {extra: [str(package) for package in packages] for extra, packages in packages_by_extra().items()} == {
         "base": ["numpy 2.0.0"],
         "build": ["torch 2.12.1+cu130 too old (needs >=2.13)", "onnx-ir 1.1.0"],
         "serve": ["uvicorn missing"],
     }
 
 
-def test_versions_other_than_the_tested_ones_are_told(tmp_path: Path) -> None:
+def test_versions_other_than_the_tested_ones_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pins = tmp_path / "constraints.txt"
-    assert untested_versions(pins) == ()
+    monkeypatch.setattr(installed, "CONSTRAINTS", pins)
+    monkeypatch.setattr(installed, "installed_version", {"torch": "2.13.0+cpu", "numpy": "2.5.0"}.get)
+    assert untested_versions() == ()
     pins.write_text("# why\ntorch==2.13.0\nnumpy==2.4.6\nabsent==1.0\n")
-    versions = {"torch": "2.13.0+cpu", "numpy": "2.5.0"}
-    assert untested_versions(pins, versions.get) == ("numpy 2.5.0 (tested: 2.4.6)",)
+    assert untested_versions() == ("numpy 2.5.0 (tested: 2.4.6)",)

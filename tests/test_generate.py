@@ -12,9 +12,8 @@ from llama_export.errors import LlamaExportError, UsageError
 from llama_export.runtime import GenerationOptions, Model, SamplingOptions, load
 from llama_export.runtime.generate import Stream, TokenCache
 from llama_export.runtime.text import Tokenizer
-
-from .support.fake_backend import FakeBackend
-from .support.tiny_bundle import BOS, EOS, TURN_END, byte_tokenizer, random_llama, write_bundle
+from support.fake_backend import FakeBackend
+from support.tiny_bundle import BOS, EOS, TURN_END, byte_tokenizer, random_llama, write_bundle
 
 TOKENIZER = Tokenizer(byte_tokenizer())
 
@@ -118,6 +117,20 @@ def test_an_interrupt_inside_a_step_leaves_cache_and_text_usable(monkeypatch: py
     assert backend.computed == [3, 2]
 
 
+def test_an_interrupt_inside_the_second_token_leaves_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    writing = stream(FakeBackend(3, tokens("abcdef")))
+    next(writing)
+
+    def interrupted(text: str) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writing._stops, "push", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(writing)
+    result = writing.stop()
+    assert (result.text, result.new_tokens, result.decode_tokens_per_second) == ("a", 2, None)
+
+
 def test_what_is_reused() -> None:
     backend = FakeBackend(5, tokens("xyz"))
     cache = TokenCache(backend)
@@ -219,7 +232,7 @@ def test_a_conversation_computes_only_what_is_new_and_says_the_same(model: Model
         {"role": "assistant", "content": first},
         {"role": "user", "content": "b"},
     ]
-    assert list(talk.messages) == [*history, {"role": "assistant", "content": answer}]
+    assert list(talk.end_turn()) == [*history, {"role": "assistant", "content": answer}]
     fresh = model.chat(history, options)
     assert fresh.reused_tokens == 0
     assert fresh.text == answer
@@ -231,14 +244,19 @@ def test_a_conversation_computes_only_what_is_new_and_says_the_same(model: Model
 def test_a_conversation_keeps_an_unfinished_answer_and_survives_errors(model: Model) -> None:
     talk = model.conversation()
     next(talk.say("a", GenerationOptions(ignore_eos=True)))
-    messages = talk.messages
+    messages = talk.end_turn()
     assert [message["role"] for message in messages] == ["user", "assistant"]
     with pytest.raises(UsageError, match="context"):
         talk.say("x" * 100)
-    assert talk.messages == messages
+    assert talk.end_turn() == messages
     talk.say("b")
     talk.reset()
-    assert talk.messages == ()
+    assert talk.end_turn() == ()
+
+
+def test_a_model_tells_what_it_runs_on(model: Model) -> None:
+    assert model.backend_name.startswith("onnxruntime ")
+    assert (model.threads, model.capacity, model.vocab) == (1, 64, LLAMA.vocab)
 
 
 def test_loading_reports_damage_and_old_python(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,8 @@ import pytest
 from llama_export.errors import LlamaExportError
 from llama_export.runtime import hashes
 from llama_export.runtime.bundle import Bundle, open_bundle, seal
-from llama_export.runtime.hashes import cache_folder, check_files, is_checked
-
-from .support.tiny_bundle import TinyLlama, manifest_for
+from llama_export.runtime.hashes import cache_folder, check_files, differing_files, is_checked
+from support.tiny_bundle import TinyLlama, manifest_for
 
 
 @pytest.fixture
@@ -62,6 +61,30 @@ def test_force_finds_what_a_stamp_cannot_see(bundle: Bundle) -> None:
     assert not check_files(bundle)
     with pytest.raises(LlamaExportError, match=r"model\.onnx\.data"):
         check_files(bundle, force=True)
+
+
+def test_what_force_finds_the_next_use_finds_too(bundle: Bundle, tmp_path: Path) -> None:
+    """Size, time and inode are those that the stamp vouched for."""
+    check_files(bundle)
+    flip(bundle.path / "model.onnx.data", keep_time=True)
+    with pytest.raises(LlamaExportError):
+        check_files(bundle, force=True)
+    assert stamps(tmp_path) == []
+    with pytest.raises(LlamaExportError, match=r"model\.onnx\.data is damaged: its SHA-256"):
+        check_files(bundle)
+    flip(bundle.path / "model.onnx.data", keep_time=True)
+    assert check_files(bundle)
+    assert not check_files(bundle)
+
+
+def test_every_file_that_differs_is_named(bundle: Bundle) -> None:
+    assert differing_files(bundle) == {}
+    flip(bundle.path / "model.onnx.data")
+    (bundle.path / "sub" / "tokenizer.json").unlink()
+    found = differing_files(bundle)
+    assert sorted(found) == ["model.onnx.data", "sub/tokenizer.json"]
+    assert "its SHA-256 differs" in found["model.onnx.data"]
+    assert "is missing (No such file or directory)" in found["sub/tokenizer.json"]
 
 
 def test_a_replaced_file_of_equal_size_and_time_is_read_again(bundle: Bundle) -> None:

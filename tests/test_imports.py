@@ -23,7 +23,10 @@ ALLOWED = {
     "optimize": {"optimize"},
     "runtime": {"runtime"},
 }
-"""What each part may import of the package, beside `errors` and the package's own name and version."""
+"""What each part may import of the others."""
+
+SHARED = {"errors", "progress", "tables"}
+"""What any part may import of the modules beside them: of the package itself, its version too."""
 
 NOT_ON_THE_DEVICE = {"torch", "onnx", "transformers", "onnxscript", "onnx_ir", "safetensors", "gguf", "ml_dtypes"}
 NOT_IN_RUNTIME = NOT_ON_THE_DEVICE | {"click", "huggingface_hub"}
@@ -63,11 +66,27 @@ def test_a_part_imports_only_what_it_may(part: str) -> None:
     for path in modules(part):
         for name in imports(path):
             inner = name.removeprefix("llama_export.")
-            if inner == name or inner.split(".")[0] not in PARTS:
+            if inner == name or inner.split(".")[0] not in PARTS:  # see the next test
                 continue
             # the module itself, a name in it, or the package it is then taken from (`from ..runtime import bundle`)
             fits = any(f"{inner}.".startswith(f"{may}.") or may.startswith(f"{inner}.") for may in ALLOWED[part])
             assert fits, f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_imports_only_what_is_shared_from_beside_it(part: str) -> None:
+    for path in modules(part):
+        for name in imports(path):
+            first = name.removeprefix("llama_export.").split(".")[0]
+            if not name.startswith("llama_export.") or first in PARTS:
+                continue
+            assert first in SHARED | {"__version__"}, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_what_is_shared_needs_nothing_else() -> None:
+    for name in SHARED:
+        inner = {one for one in imports(ROOT / f"{name}.py") if one.startswith("llama_export.")}
+        assert {one.split(".")[1] for one in inner} <= SHARED, name
 
 
 @pytest.mark.parametrize("part", PARTS)

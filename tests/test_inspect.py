@@ -87,8 +87,8 @@ def test_json_holds_the_manifest_and_what_follows(bundle: Path) -> None:
 
 
 def test_parameters_are_counted_by_format_where_there_is_a_reference(bundle: Path) -> None:
-    assert inspection.to_json(open_bundle(bundle))["derived"]["parameters"] == {}
-    assert "  parameters  " not in shown(bundle)
+    assert inspection.to_json(open_bundle(bundle))["derived"]["parameters"] is None
+    assert "parameters  unknown" in shown(bundle)
     stored = {"layer.0": ("int4", (700, 1000)), "layer.1": ("int4", (500, 1000)), "norm": ("fp32", (300,))}
     weights = tuple(
         WeightRecord(name, format, shape, 0, {"codes": name}, "0" * 64, 1.0) for name, (format, shape) in stored.items()
@@ -100,6 +100,21 @@ def test_parameters_are_counted_by_format_where_there_is_a_reference(bundle: Pat
     assert "parameters  1.2 M in int4, 300 in fp32" in shown(bundle)
 
 
+def test_a_damaged_reference_is_no_failure(bundle: Path) -> None:
+    (bundle / "reference").mkdir()
+    (bundle / "reference" / "reference.json").write_text("{")
+    seal(bundle, MANIFEST)
+    assert "parameters  unknown" in shown(bundle)
+
+
+def test_nothing_of_a_checkpoint_is_obeyed_by_a_terminal(bundle: Path) -> None:
+    model = ModelRecord("a\x1b[2J\ud800b", "hub", licence="\x1b]0;c\x07")
+    seal(bundle, replace(MANIFEST, model=model, notes=("\x9bd",)))
+    text = shown(bundle)
+    assert "a[2Jb (hub)" in text
+    assert not any(char in text for char in "\x1b\x07\x9b")
+
+
 def test_a_bundle_for_cuda_needs_no_scores(bundle: Path) -> None:
     on_cpu = inspection.to_json(open_bundle(bundle))["derived"]["memory_bytes_at_full_context"]
     seal(bundle, replace(MANIFEST, providers=("CUDAExecutionProvider", "CPUExecutionProvider")))
@@ -108,5 +123,5 @@ def test_a_bundle_for_cuda_needs_no_scores(bundle: Path) -> None:
 
 
 def test_a_checkpoint_without_a_licence_is_told(bundle: Path) -> None:
-    seal(bundle, replace(MANIFEST, model=ModelRecord("local", "huggingface")))
+    seal(bundle, replace(MANIFEST, model=ModelRecord("local", "folder")))
     assert "not told by the checkpoint" in shown(bundle)

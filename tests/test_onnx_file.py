@@ -11,7 +11,8 @@ import numpy as np
 import onnx
 import pytest
 from llama_export.errors import LlamaExportError
-from llama_export.runtime.onnx_file import DATA_FILE, external_initializers, with_accuracy_level
+from llama_export.runtime.bundle import DATA_FILE
+from llama_export.runtime.onnx_file import external_initializers, with_accuracy_level
 from onnx import TensorProto, helper
 from support import onnx_bytes
 
@@ -110,7 +111,8 @@ def random_model(generator: np.random.Generator) -> onnx.ModelProto:
         tensor = external(f"päir.{index}", shape, kind, offset=end, checksum="beef")
         tensors.append(tensor)
         end += int(tensor.external_data[2].value)
-    inner = helper.make_graph([helper.make_node("Inner", ["a"], ["b"])], "inner", [], [], initializer=tensors[:1])
+    inline = TensorProto(name="a", data_type=TensorProto.UINT8, dims=[16], raw_data=b"\x08" * 16)
+    inner = helper.make_graph([helper.make_node("Inner", ["a"], ["b"])], "inner", [], [], initializer=[inline])
     nodes = [
         helper.make_node(
             "Op",
@@ -257,3 +259,23 @@ def test_what_is_made_to_take_long(data: bytes) -> None:
     with contextlib.suppress(LlamaExportError):
         external_initializers(data, 100)
     assert time.perf_counter() - began < 5
+
+
+def inner(name: str, tensor: TensorProto) -> dict[str, onnx.NodeProto]:
+    """Ways to keep a tensor elsewhere than among the initializers of the main graph."""
+    graph = helper.make_graph([], "inner", [], [], initializer=[tensor])
+    return {
+        "constant": helper.make_node("Constant", [], [name], value=tensor),
+        "inner graph": helper.make_node("If", ["c"], [name], then_branch=graph, else_branch=graph),
+        "list of tensors": helper.make_node("Any", [], [name], values=[tensor]),
+    }
+
+
+@pytest.mark.parametrize("way", inner("x", TensorProto()))
+@pytest.mark.parametrize("location", [DATA_FILE, "../secret.bin"])
+def test_tensors_in_files_are_initializers_of_the_graph(way: str, location: str) -> None:
+    node = inner("x", external("x", [2], location=location))[way]
+    with pytest.raises(LlamaExportError, match="keeps tensors in files that are no initializers of its graph"):
+        external_initializers(model_of(external("a", [3]), nodes=(node,)), 100)
+    node = inner("x", helper.make_tensor("x", TensorProto.FLOAT, [2], [1, 2]))[way]
+    assert list(external_initializers(model_of(external("a", [3]), nodes=(node,)), 100)) == ["a"]

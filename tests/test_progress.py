@@ -24,8 +24,7 @@ def test_a_log_has_one_line_for_each_stage_at_its_end() -> None:
         progress.advance(5, 10)
         assert log.getvalue() == ""
         progress.stage("Writing")
-        progress.note("int4, block 32")
-    assert log.getvalue() == "Reading  0.0 s\nint4, block 32\nWriting  0.0 s\n"
+    assert log.getvalue() == "Reading  0.0 s\nWriting  0.0 s\n"
 
 
 def test_a_failed_stage_is_not_called_done() -> None:
@@ -41,7 +40,6 @@ def test_quiet_leaves_the_warnings() -> None:
     with Terminal(log, quiet=True) as progress:
         progress.stage("Reading")
         progress.advance(1, 2)
-        progress.note("a note")
         progress.warn("a warning")
     assert log.getvalue() == "Warning: a warning\n"
 
@@ -59,6 +57,12 @@ def test_a_terminal_redraws_one_line_with_percent_speed_and_time() -> None:
     assert "\x1b[33mWarning:\x1b[0m a warning\n" in text
 
 
+@pytest.mark.parametrize("quiet", [False, True])
+def test_others_may_draw_only_where_it_draws(quiet: bool) -> None:
+    assert Terminal(Screen(), quiet=quiet).draws is not quiet
+    assert not Terminal(io.StringIO(), quiet=quiet).draws
+
+
 def test_a_terminal_is_not_flooded() -> None:
     screen = Screen()
     progress = Terminal(screen)
@@ -66,6 +70,17 @@ def test_a_terminal_is_not_flooded() -> None:
     for done in range(10_000):
         progress.advance(done, 10_000)
     assert screen.getvalue().count("\r") < 20
+
+
+def test_what_a_checkpoint_says_is_not_obeyed() -> None:
+    screen = Screen()
+    with Terminal(screen) as progress:
+        progress.stage("Opening a\x1b]0;b\x07")
+        progress.warn("c\x1b[2Jd")
+    left = screen.getvalue().replace("\r\x1b[K", "").replace("\x1b[33m", "").replace("\x1b[0m", "")
+    assert "\x1b" not in left
+    assert "\x07" not in left
+    assert "Warning: c[2Jd\n" in left
 
 
 def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:

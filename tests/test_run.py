@@ -14,8 +14,7 @@ from click.testing import CliRunner, Result
 from llama_export.cli import main
 from llama_export.runtime import terminal
 from llama_export.runtime.generate import Stream
-
-from .support.tiny_bundle import random_llama, write_bundle
+from support.tiny_bundle import random_llama, write_bundle
 
 pytest.importorskip("onnxruntime", reason="a bundle needs ONNX Runtime")
 
@@ -47,7 +46,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def run(*args: object, stdin: str | None = None) -> Result:
+def run(*args: object, stdin: str | bytes | None = None) -> Result:
     return CliRunner().invoke(main, ["run", *map(str, args)], input=stdin)
 
 
@@ -76,6 +75,13 @@ def test_json_has_stable_keys(folder: Path) -> None:
 
 def test_prompt_from_stdin(folder: Path) -> None:
     assert answer(folder, "-", stdin="Once")["token_ids"] == answer(folder, "Once")["token_ids"]
+
+
+@pytest.mark.parametrize("args", [("-",), ("--chat",), ("-", "--chat")])
+def test_stdin_that_is_no_text(folder: Path, args: tuple[str, ...]) -> None:
+    result = run(folder, *args, stdin=b"caf\xe9\n")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "Error: What stdin gives is not valid utf-8; give the text as UTF-8.\n"
 
 
 def test_options_reach_the_sampler(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Columns line up, and sizes keep three digits."""
 
 import pytest
-from llama_export.tables import columns, size
+from llama_export.tables import columns, plain, size
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,7 @@ def test_sizes(count: int, text: str) -> None:
 
 def test_columns() -> None:
     assert columns([("a", "long", "x"), ("bbb", "b", "")], indent="> ") == ["> a    long  x", "> bbb  b"]
+
+
+def test_nothing_that_a_terminal_obeys_is_left() -> None:
+    assert plain("a\x1b[31mb\x07\tc\n\x9b\x7f\ud800é東🙂") == "a[31mb\tc\né東🙂"

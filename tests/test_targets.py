@@ -1,11 +1,12 @@
 """The catalogue is complete and sourced, a user's own file is checked, and this machine is read rightly."""
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from llama_export.errors import LlamaExportError, UsageError
-from llama_export.targets import listing
+from llama_export.targets import host, listing
 from llama_export.targets.devices import Target, load_target, target_names
 from llama_export.targets.host import Gpu, Machine, host_target, read_gpus, read_machine
 from llama_export.targets.jetpack import JETPACKS, jetpack_of_l4t
@@ -61,22 +62,20 @@ def test_every_fact_of_the_catalogue_has_its_source(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CATALOGUE_NAMES)
-def test_jetpacks_fit_the_devices_they_are_listed_for(name: str) -> None:
+def test_a_jetson_has_a_jetpack_and_nothing_else_has(name: str) -> None:
     target = load_target(name)
-    family = "thor" if "thor" in name else "orin"
-    assert all(family in JETPACKS[version].families for version in target.jetpacks)
     assert (target.release is not None) == (target.kind == "jetson")
 
 
 @pytest.mark.parametrize(
     ("name", "facts"),
     [
-        ("jetson-orin-nano-8gb", (8, ("8.7",), "int4", "tensorrt", "trt-primitive")),
-        ("jetson-thor-t5000", (128, ("11.0",), "int4", "tensorrt", "trt-primitive")),
-        ("rtx", (8, ("8.0", "8.6", "8.9", "12.0"), "fp16", "tensorrt-rtx", "trt")),
-        ("dgx-spark", (128, ("12.1",), "fp16", "tensorrt-rtx", "trt")),
-        ("h200", (141, ("9.0",), "fp16", "onnxruntime", None)),
-        ("cpu", (8, (), "int4", "onnxruntime", None)),
+        ("jetson-orin-nano-8gb", (8, ("8.7",), "int4", "tensorrt")),
+        ("jetson-thor-t5000", (128, ("11.0",), "int4", "tensorrt")),
+        ("rtx", (8, ("8.0", "8.6", "8.9", "12.0"), "fp16", "tensorrt-rtx")),
+        ("dgx-spark", (128, ("12.1",), "fp16", "tensorrt-rtx")),
+        ("h200", (141, ("9.0",), "fp16", "onnxruntime")),
+        ("cpu", (8, (), "int4", "onnxruntime")),
     ],
 )
 def test_facts_that_builds_depend_on(name: str, facts: tuple[object, ...]) -> None:
@@ -86,12 +85,7 @@ def test_facts_that_builds_depend_on(name: str, facts: tuple[object, ...]) -> No
         target.compute_capability,
         target.default_precision,
         target.backend,
-        target.engine_dialect,
     )
-
-
-def test_a_newer_jetpack_changes_the_graph_for_its_engine() -> None:
-    assert replace(load_target("jetson-orin"), jetpack="7.2").engine_dialect == "trt"
 
 
 def test_assumptions_are_told_apart_from_the_vendors_figures() -> None:
@@ -140,7 +134,7 @@ def test_a_file_of_ones_own_changes_a_catalogue_target(tmp_path: Path) -> None:
     text = 'base = "jetson-orin-nano-8gb"\nreserve_gb = 1\njetpack = "7.2"\n[sources]\njetpack = "installed"'
     target = load_target(write(tmp_path, text))
     base = load_target("jetson-orin-nano-8gb")
-    assert (target.name, target.usable_gb, target.engine_dialect) == ("board", 7, "trt")
+    assert (target.name, target.usable_gb, target.jetpack) == ("board", 7, "7.2")
     assert (target.peak, target.compute_capability) == (base.peak, base.compute_capability)
     assert (target.sources["reserve_gb"], target.sources["jetpack"]) == ("board.toml", "installed")
     assert target.sources["memory_gb"] == base.sources["memory_gb"]
@@ -185,9 +179,15 @@ def test_a_file_that_is_wrong_is_refused_by_name_key_and_what_is_allowed(
 def test_a_file_that_is_not_there_or_not_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"none\.toml cannot be read: No such file"):
         load_target(str(tmp_path / "none.toml"))
-    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(LlamaExportError, match="not a TOML file"):
-        load_target(str(tmp_path / "binary.toml"))
+    path = tmp_path / "board.toml"
+    for content in (b"\xff\xfe\x00", b"a = " + b"[" * 10_000, b"a = 1" + b"0" * 5000):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match="not a TOML file") as caught:
+            load_target(str(path))
+        assert "\n" not in str(caught.value)
+    path.write_bytes(b"#" * ((1 << 20) + 1))
+    with pytest.raises(UsageError, match="larger than 1048576 bytes"):
+        load_target(str(path))
 
 
 def test_the_table_marks_assumptions_and_the_details_name_sources() -> None:
@@ -202,12 +202,24 @@ def test_the_table_marks_assumptions_and_the_details_name_sources() -> None:
 # This machine
 
 
-def fake_root(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
+Read = Callable[..., Machine]
+
+
+@pytest.fixture
+def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Read:
+    """Reads a machine that has these system files, whose nvidia-smi prints `gpus`, with onnxruntime-gpu or without."""
+
+    def read_files(files: dict[str, str], gpus: str = "", *, cuda: bool = False) -> Machine:
+        for name, text in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        monkeypatch.setattr(host, "ROOT", tmp_path)
+        monkeypatch.setattr(host, "_nvidia_smi", lambda: gpus)
+        monkeypatch.setattr(host, "_has_onnxruntime_gpu", lambda: cuda)
+        return read_machine()
+
+    return read_files
 
 
 MEMINFO = "MemTotal:        7802944 kB\nMemFree:  100 kB\nMemAvailable:    5000000 kB\n"
@@ -220,21 +232,21 @@ JETSON_FILES = {
 }
 
 
-def test_a_jetson_is_known_by_its_device_tree_and_memory(tmp_path: Path) -> None:
-    machine = read_machine(fake_root(tmp_path, JETSON_FILES), run=lambda: "")
+def test_a_jetson_is_known_by_its_device_tree_and_memory(read: Read) -> None:
+    machine = read(JETSON_FILES)
     assert machine.flags == ("dotprod", "i8mm")
     assert (machine.memory_bytes, machine.available_bytes) == (7802944 * 1024, 5000000 * 1024)
     assert machine.jetson is not None
     assert (machine.jetson.l4t, machine.jetson.jetpack) == ("36.4.3", JETPACKS["6.2"])
-    target = host_target(machine, has_cuda_runtime=False)
+    target = host_target(machine)
     assert (target.name, target.compute_capability, target.jetpack) == ("host", ("8.7",), "6.2")
     assert (target.memory_gb, target.bandwidth_gbs) == (8.0, 68), "an Orin Nano, and the 8 GB one"
     assert "Orin Nano" in target.title
 
 
-def test_a_jetson_of_an_unknown_kind_counts_as_a_computer(tmp_path: Path) -> None:
+def test_a_jetson_of_an_unknown_kind_counts_as_a_computer(read: Read) -> None:
     files = {**JETSON_FILES, "proc/device-tree/model": "NVIDIA Jetson Xavier NX"}
-    target = host_target(read_machine(fake_root(tmp_path, files), run=lambda: ""), has_cuda_runtime=False)
+    target = host_target(read(files))
     assert (target.kind, target.memory_gb) == ("cpu", 8.0)
 
 
@@ -261,39 +273,38 @@ def test_gpus_are_read_from_what_nvidia_smi_prints() -> None:
     )
 
 
-def computer(root: Path, gpus: str = "") -> Machine:
-    return read_machine(fake_root(root, {"proc/meminfo": MEMINFO}), run=lambda: gpus)
+COMPUTER = {"proc/meminfo": MEMINFO}
 
 
-def test_a_gpu_counts_only_where_onnxruntime_can_use_it(tmp_path: Path) -> None:
-    machine = computer(tmp_path, "NVIDIA L4, 23034, 8.9, 550.1\n")
-    without, with_cuda = (host_target(machine, has_cuda_runtime=cuda) for cuda in (False, True))
+def test_a_gpu_counts_only_where_onnxruntime_can_use_it(read: Read) -> None:
+    gpus = "NVIDIA L4, 23034, 8.9, 550.1\n"
+    without, with_cuda = (host_target(read(COMPUTER, gpus, cuda=cuda)) for cuda in (False, True))
     assert (without.kind, without.memory_gb, without.default_precision) == ("cpu", 8.0, "int4")
     assert (with_cuda.kind, with_cuda.memory_gb, with_cuda.default_precision) == ("gpu", 24.2, "fp16")
     assert with_cuda.compute_capability == ("8.9",)
     assert not with_cuda.is_assumed("memory_gb")
 
 
-def test_a_gpu_without_memory_of_its_own_uses_the_computers(tmp_path: Path) -> None:
-    target = host_target(computer(tmp_path, "NVIDIA GB10, [N/A], 12.1, 580.1\n"), has_cuda_runtime=True)
+def test_a_gpu_without_memory_of_its_own_uses_the_computers(read: Read) -> None:
+    target = host_target(read(COMPUTER, "NVIDIA GB10, [N/A], 12.1, 580.1\n", cuda=True))
     assert (target.memory_gb, target.shared_memory) == (8.0, True)
 
 
-def test_a_containers_limit_is_the_memory_that_counts(tmp_path: Path) -> None:
+def test_a_containers_limit_is_the_memory_that_counts(read: Read) -> None:
     files = {
         "proc/meminfo": MEMINFO,
         "sys/fs/cgroup/memory.max": "2000000000\n",
         "sys/fs/cgroup/memory.current": "500000000\n",
     }
-    machine = read_machine(fake_root(tmp_path, files), run=lambda: "")
+    machine = read(files)
     assert (machine.memory_bytes, machine.available_bytes) == (2_000_000_000, 1_500_000_000)
-    assert host_target(machine, has_cuda_runtime=False).usable_gb == 1.5
+    assert host_target(machine).usable_gb == 1.5
 
 
-def test_the_driver_is_known_without_nvidia_smi(tmp_path: Path) -> None:
+def test_the_driver_is_known_without_nvidia_smi(read: Read) -> None:
     text = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\nGCC version: 12\n"
     files = {"proc/driver/nvidia/version": text}
-    assert read_machine(fake_root(tmp_path, files), run=lambda: "").nvidia_driver == "580.65.06"
+    assert read(files).nvidia_driver == "580.65.06"
 
 
 def test_this_machine_is_a_target() -> None:

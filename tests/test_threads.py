@@ -6,55 +6,64 @@ import os
 from pathlib import Path
 
 import pytest
-from llama_export.errors import LlamaExportError
+from llama_export.errors import LlamaExportError, UsageError
 from llama_export.runtime import threads
 from llama_export.runtime.requirements import parse_version, require, require_python
-from llama_export.runtime.threads import physical_cores
+from llama_export.runtime.threads import MAX_THREADS, choose_threads, physical_cores, usable_cpus
 
 
-def machine(folder: Path, siblings: list[str]) -> Path:
+def machine(folder: Path, siblings: list[str]) -> None:
     for index, shared in enumerate(siblings):
         topology = folder / f"cpu{index}" / "topology"
         topology.mkdir(parents=True)
         (topology / "thread_siblings_list").write_text(f"{shared}\n")
-    return folder
 
 
-@pytest.fixture
-def eight_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "_allowed_cpus", lambda: set(range(8)))
+@pytest.fixture(autouse=True)
+def eight_cpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No topology and no quota, unless the test writes them."""
+    monkeypatch.setattr(threads, "usable_cpus", lambda: set(range(8)))
+    monkeypatch.setattr(threads, "_CPUS", tmp_path)
+    monkeypatch.setattr(threads, "_QUOTA", tmp_path / "cpu.max")
 
 
-@pytest.mark.usefixtures("eight_cpus")
 def test_hyper_threads_count_once(tmp_path: Path) -> None:
-    cpus = machine(tmp_path, ["0,4", "1,5", "2,6", "3,7"] * 2)
-    assert physical_cores(cpus=cpus, quota=tmp_path / "none") == 4
+    machine(tmp_path, ["0,4", "1,5", "2,6", "3,7"] * 2)
+    assert physical_cores() == 4
 
 
-@pytest.mark.usefixtures("eight_cpus")
 @pytest.mark.parametrize(
-    ("quota", "cores"), [("max 100000", 4), ("200000 100000", 2), ("150000 100000", 2), ("10000 100000", 1), ("?", 4)]
+    ("quota", "cores"),
+    [("max 100000", 4), ("200000 100000", 2), ("150000 100000", 2), ("10000 100000", 1), ("?", 4), ("1 0", 4)],
 )
 def test_a_containers_quota_counts(tmp_path: Path, quota: str, cores: int) -> None:
     (tmp_path / "cpu.max").write_text(quota)
-    assert physical_cores(cpus=machine(tmp_path, ["0,4", "1,5", "2,6", "3,7"] * 2), quota=tmp_path / "cpu.max") == cores
+    machine(tmp_path, ["0,4", "1,5", "2,6", "3,7"] * 2)
+    assert physical_cores() == cores
 
 
 def test_only_cpus_that_may_be_used_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cpus = machine(tmp_path, ["0-1", "0-1", "2-3", "2-3"])
-    monkeypatch.setattr(threads, "_allowed_cpus", lambda: {0, 1, 2})
-    assert physical_cores(cpus=cpus, quota=tmp_path / "none") == 2
-    monkeypatch.setattr(threads, "_allowed_cpus", lambda: {1})
-    assert physical_cores(cpus=cpus, quota=tmp_path / "none") == 1
+    machine(tmp_path, ["0-1", "0-1", "2-3", "2-3"])
+    monkeypatch.setattr(threads, "usable_cpus", lambda: {0, 1, 2})
+    assert physical_cores() == 2
+    monkeypatch.setattr(threads, "usable_cpus", lambda: {1})
+    assert physical_cores() == 1
 
 
-@pytest.mark.usefixtures("eight_cpus")
-def test_without_a_topology_every_cpu_counts(tmp_path: Path) -> None:
-    assert physical_cores(cpus=tmp_path / "none", quota=tmp_path / "none") == 8
+def test_without_a_topology_every_cpu_counts() -> None:
+    assert physical_cores() == 8
 
 
-def test_this_machine() -> None:
-    assert 1 <= physical_cores() <= (os.cpu_count() or 1)
+def test_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert 1 <= physical_cores() <= len(usable_cpus()) <= (os.cpu_count() or 1)
+
+
+def test_the_number_asked_for_is_taken_within_reason() -> None:
+    assert [choose_threads(asked) for asked in (None, 1, MAX_THREADS)] == [8, 1, MAX_THREADS]
+    for asked in (0, -1, MAX_THREADS + 1):
+        with pytest.raises(UsageError, match=f"threads must be from 1 to 1024, not {asked}"):
+            choose_threads(asked)
 
 
 @pytest.mark.parametrize(

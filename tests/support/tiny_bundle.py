@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from llama_export.runtime.bundle import Bundle, Limits, Manifest, ModelRecord, Shape, Tokens, open_bundle, seal
+from support import onnx_bytes as onnx
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-from . import onnx_bytes as onnx
 
 Array = npt.NDArray[Any]
 
@@ -186,7 +185,7 @@ def manifest_for(llama: TinyLlama, *, context: int = 64, prefill_chunk: int = 7,
         llama.layers, llama.hidden, llama.heads, llama.kv_heads, llama.head_dim, llama.ffn, llama.vocab, "float32"
     )
     fields: dict[str, Any] = {
-        "model": ModelRecord("tests/tiny", "huggingface", None, "MIT"),
+        "model": ModelRecord("tests/tiny", "folder", None, "MIT"),
         "target": "cpu",
         "dialect": "ort",
         "precision": "fp32",

@@ -1,0 +1,152 @@
+"""From a bundle's graph to a session of ONNX Runtime: what every use of a bundle checks before it computes.
+
+A manifest and a graph are untrusted. ONNX Runtime itself follows a tensor's file wherever it says, at least up to 1.23,
+so the places of all weights are read here first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import LlamaExportError
+from .bundle import CPU_PROVIDER, CUDA_PROVIDER, DATA_FILE, GRAPH_FILE, Bundle, Manifest, Shape, refuse_escape
+from .onnx_file import Initializer, external_initializers
+from .requirements import require, require_python
+
+DIALECT = "ort"
+DEVICES = {CPU_PROVIDER: "cpu", CUDA_PROVIDER: "cuda"}
+"""Where each execution provider has its memory."""
+
+PAST, PRESENT = "past_key_values.", "present."
+"""What stands before a name of the cache, as an input and as an output of the graph."""
+
+_MAX_GRAPH_BYTES = 256 << 20
+_SILENT = 4  # ONNX Runtime's severity "fatal": its errors arrive as exceptions, its warnings are for builders
+
+
+def cache_names(shape: Shape) -> tuple[str, ...]:
+    """The parts of the cache in the order of the graph's inputs: "0.key", "0.value", "1.key", ..."""
+    return tuple(f"{layer}.{part}" for layer in range(shape.layers) for part in ("key", "value"))
+
+
+def import_onnxruntime(manifest: Manifest) -> Any:
+    """Import onnxruntime for a bundle.
+
+    Raises LlamaExportError unless the graph is of the dialect that it runs, this Python and this onnxruntime are new
+    enough, and it has the provider that the bundle asks for.
+    """
+    if manifest.dialect != DIALECT:
+        raise LlamaExportError(
+            f"ONNX Runtime runs bundles of the dialect {DIALECT!r}, but this one is {manifest.dialect!r}."
+        )
+    require_python(manifest.minimum.get("python"))
+    if manifest.provider not in DEVICES:
+        raise LlamaExportError(f"This bundle asks for {manifest.provider}, but only {', '.join(DEVICES)} can be used.")
+    try:
+        import onnxruntime  # noqa: PLC0415 (a bundle can be opened, checked and described without it)
+
+        version, available = onnxruntime.__version__, onnxruntime.get_available_providers()
+        onnxruntime.disable_telemetry_events()
+    except ModuleNotFoundError as error:
+        raise LlamaExportError(
+            f"ONNX Runtime cannot be imported ({error}); install it with `pip install 'llama-export[cpu]'`, "
+            "or [gpu] for CUDA."
+        ) from error
+    except Exception as error:  # a broken installation raises what its parts raise
+        raise LlamaExportError(
+            f"ONNX Runtime is installed but does not work ({type(error).__name__}: {error}); "
+            "`llama-export doctor` says how to mend it."
+        ) from error
+    remedy = "upgrade it with `pip install --upgrade onnxruntime`"
+    require("onnxruntime", version, manifest.minimum.get("onnxruntime"), remedy)
+    if manifest.provider not in available:
+        raise LlamaExportError(
+            f"This bundle needs {manifest.provider}, but onnxruntime {version} here has {', '.join(available)}; "
+            "install llama-export[gpu] instead of [cpu], or build a bundle with `-t cpu`."
+        )
+    return onnxruntime
+
+
+def engine_name(ort: Any, manifest: Manifest) -> str:
+    """What computes a bundle: "onnxruntime 1.32.0 cpu"."""
+    return f"onnxruntime {ort.__version__} {DEVICES[manifest.provider]}"
+
+
+def open_session(bundle: Bundle, graph: bytes, threads: int) -> Any:
+    """Load `graph`, the bundle's own or another one for the same weights, and return its session.
+
+    Raises LlamaExportError as `import_onnxruntime` does, when a weight lies outside of the bundle's data file, and
+    when ONNX Runtime cannot load the graph or its inputs do not fit the manifest.
+    """
+    ort, provider = import_onnxruntime(bundle.manifest), bundle.manifest.provider
+    weight_places(bundle, graph)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = _SILENT
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
+    try:
+        session = ort.InferenceSession(graph, options, providers=list(bundle.manifest.providers) or [provider])
+    except Exception as error:
+        raise one_sentence(ort, f"cannot load the model of {bundle.path}", error) from error
+    if provider not in session.get_providers():
+        raise LlamaExportError(
+            f"onnxruntime {ort.__version__} has {provider}, but could not start it here; "
+            "check the GPU's driver and libraries with `llama-export doctor`."
+        )
+    _check_signature(session, bundle.manifest.shape)
+    return session
+
+
+def read_graph(bundle: Bundle) -> bytes:
+    """Return the bundle's own graph, which is small beside its weights; LlamaExportError when it cannot be read."""
+    path = bundle.file(GRAPH_FILE)
+    try:
+        if path.stat().st_size <= _MAX_GRAPH_BYTES:
+            return path.read_bytes()
+    except OSError as error:
+        raise LlamaExportError(f"{path} cannot be read: {error.strerror}; copy the bundle again.") from error
+    raise LlamaExportError(f"{path} is larger than any graph without its weights; build the bundle again.")
+
+
+def weight_places(bundle: Bundle, graph: bytes) -> dict[str, Initializer]:
+    """Where the graph's weights lie in the bundle's data file; LlamaExportError when any lies elsewhere."""
+    refuse_escape(bundle.path, DATA_FILE)
+    try:
+        size = (bundle.path / DATA_FILE).stat().st_size
+    except OSError:  # without it no weight can lie there
+        size = 0
+    return external_initializers(graph, size)
+
+
+def one_sentence(ort: Any, what: str, error: Exception) -> LlamaExportError:
+    """Return ONNX Runtime's exception as ours, its message cut to the first line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return LlamaExportError(f"onnxruntime {ort.__version__} {what}: {lines[0][:400]}")
+
+
+def _check_signature(session: Any, shape: Shape) -> None:
+    """Raise LlamaExportError unless the graph has the inputs of the `ort` dialect in the manifest's sizes."""
+    cache = (None, shape.kv_heads, None, shape.head_dim)
+    expected: dict[str, tuple[int | None, ...]] = {
+        "input_ids": (None, None),
+        "attention_mask": (None, None),
+        "logits_to_keep": (1,),
+        **{PAST + name: cache for name in cache_names(shape)},
+    }
+    found = {value.name: value.shape for value in (*session.get_inputs(), *session.get_overridable_initializers())}
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in expected or name not in found or not _fits(found[name], expected[name]):
+            raise LlamaExportError(
+                f"The graph does not fit its manifest: the input {name} should be {expected.get(name, 'absent')} "
+                f"and is {found.get(name, 'absent')}; build the bundle again."
+            )
+
+
+def _fits(dims: Sequence[object], expected: Sequence[int | None]) -> bool:
+    """Tell whether the dims of an input (a name where one is free) allow the expected ones (None is any)."""
+    return len(dims) == len(expected) and all(
+        want is None or want == have or not isinstance(have, int) for have, want in zip(dims, expected, strict=True)
+    )

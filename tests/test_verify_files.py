@@ -1,0 +1,90 @@
+"""What `verify` says of a bundle's files: first of all, counted, and also where there is nothing to replay."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from io import FileIO
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from llama_export.cli import main
+from llama_export.errors import LlamaExportError
+from llama_export.runtime import weights
+from llama_export.runtime.bundle import Bundle
+from support.tiny_bundle import write_bundle
+
+pytest.importorskip("onnxruntime", reason="a bundle needs ONNX Runtime")
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    """Without a reference."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return write_bundle(tmp_path / "bundle")
+
+
+def verify(bundle: Bundle, *options: object) -> Result:
+    return CliRunner().invoke(main, ["verify", str(bundle.path), "--quiet", *map(str, options)])
+
+
+def damage(bundle: Bundle) -> None:
+    """Change one file, keeping its time, and remove another."""
+    path = bundle.path / "model.onnx.data"
+    data = bytearray(path.read_bytes())
+    data[7] ^= 1
+    path.write_bytes(data)
+    (bundle.path / "tokenizer_config.json").unlink()
+
+
+def test_without_a_reference_sound_files_are_not_proof(bundle: Bundle) -> None:
+    result = verify(bundle)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "has no reference to compare with" in result.stderr
+
+
+def test_files_that_differ_are_counted_without_a_reference_too(bundle: Bundle) -> None:
+    damage(bundle)
+    result = verify(bundle, "--json", "-")
+    assert (result.exit_code, result.stderr) == (1, "")
+    verdict = json.loads(result.stdout)
+    files, rest = verdict["checks"]
+    assert [(gate["measured"], gate["passed"]) for gate in files["gates"]] == [(2, False)]
+    assert "model.onnx.data is damaged" in files["details"][0]
+    assert "tokenizer_config.json is missing" in files["details"][1]
+    assert "has no reference" in rest["details"][0]
+    assert verify(bundle).stdout.splitlines()[-1] == "FAILED: Files: files that differ from the manifest"
+
+
+def test_the_verdict_is_shown_even_where_it_cannot_be_written(bundle: Bundle, tmp_path: Path) -> None:
+    damage(bundle)
+    result = verify(bundle, "--json", tmp_path / "absent" / "verdict.json")
+    assert result.exit_code == 1
+    assert "FAILED: Files" in result.stdout
+    assert result.stderr.startswith("Error: No such file or directory: ")
+
+
+def test_another_dialect_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle", dialect="trt")
+    damage(bundle)
+    assert "dialect 'ort', but this one is 'trt'" in verify(bundle).stderr
+
+
+class Hesitant(FileIO):
+    """Gives three bytes at most, as a read may."""
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        return super().readinto(buffer[:3])
+
+
+@pytest.mark.parametrize("kind", [FileIO, Hesitant])
+def test_reading_goes_on_until_all_is_there(tmp_path: Path, kind: Callable[[Path], FileIO]) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(bytes(range(200)))
+    with kind(path) as file:
+        assert weights._bytes_at(190, 10, file) == bytes(range(190, 200))
+        assert weights._bytes_at(5, 100, file) == bytes(range(5, 105))
+        with pytest.raises(LlamaExportError, match="became shorter while it was read"):
+            weights._bytes_at(190, 11, file)
