@@ -32,8 +32,10 @@ CPU_BLOCK_FACTOR = 1.6
 for 806 MB).
 """
 
-CPU_DENSE_FACTORS: Mapping[str, float] = {FP32.name: 1.0, FP16.name: 2.0, BF16.name: 2.0}
-"""The same of plain formats, which become float32 when the graph is loaded."""
+CPU_DENSE_FACTORS: Mapping[str, float] = {FP32.name: 1.2, FP16.name: 2.4, BF16.name: 2.4}
+"""The same of plain formats, which become float32 when the graph is loaded (measured at that moment: 630 MB for 538 MB
+of fp32, 635 MB for 269 MB of fp16).
+"""
 
 CACHE_BYTES = {"float32": 4, "float16": 2}
 
