@@ -14,7 +14,7 @@ help:
 	@echo "make demo    build, verify and ask SmolLM2-135M-Instruct; the second time it reuses what is there"
 	@echo "make test    run all tests"
 	@echo "make lint    ruff and mypy"
-	@echo "make clean   remove the environment, the demo's bundle and the tools' caches"
+	@echo "make clean   remove the environments, the demo's bundle and the tools' caches"
 
 demo: $(VENV)/.build
 	@PATH="$(abspath $(VENV))/bin:$$PATH" python docs/demo.py $(DEMO)
@@ -30,11 +30,11 @@ lint: $(VENV)/.test
 	cd .types && $(abspath $(VENV))/bin/mypy --strict -p llama_export
 
 clean:
-	rm -rf $(VENV) $(DEMO) .types .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-ci* $(DEMO) $(DEMO)-verify.json .types .mypy_cache .pytest_cache .ruff_cache
 
 # A stamp for each set of extras. PyTorch comes first, so that nothing later fetches another build of it.
 $(VENV)/.build: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else "llama-export builds with Python 3.11 to 3.13, but $(PYTHON) is Python %d.%d: call make with PYTHON=python3.11 or newer." % v[:2])'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v[:2] <= (3, 13) else "llama-export builds with Python 3.11 to 3.13, but $(PYTHON) is Python %d.%d: call make with PYTHON=python3.13, for example." % v[:2])'
 	@echo "Setting up $(VENV) with the packages of constraints.txt and SmolLM2-135M-Instruct; this takes minutes."
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install -qq -c constraints.txt torch

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .export.config import LlamaShape, llama_config
+from .export.config import llama_config
 from .export.destination import check_destination, require_space, staged
 from .export.genai_config import genai_config
 from .export.source import Source, open_source
-from .export.token_ids import TokenIds, token_ids
+from .installed import installed_version
 from .optimize.formats import Format, plan_formats, stored_bytes
 from .progress import Progress, Silent
 from .runtime.bundle import Limits, Manifest, ModelRecord, Shape, Tokens, seal
 from .runtime.threads import physical_cores
-from .targets.context import PREFILL_CHUNK, ContextChoice, Load, choose_context
+from .tables import size
+from .targets.context import CACHE_BYTES, PREFILL_CHUNK, ContextChoice, Load, choose_context
 from .targets.devices import Target, load_target
 from .targets.made import Made, what_is_made
 
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
 SHIPPED_ACCURACY_LEVEL = {"float32": 4, "float16": 0}
 """MatMulNBits' accuracy_level by activations: on the CPU int8 activations run at the speed of memory."""
 
-_TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy", "tokenizers")
+_TOOLS = (
+    *("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy", "tokenizers", "gguf"),
+    *("onnxruntime", "onnxruntime-gpu"),  # whichever of the two is here
+)
 _BESIDE_WEIGHTS = 64_000_000
 """Bytes for everything but the weights: graph, tokenizer, reference."""
 
@@ -72,7 +76,7 @@ class BuildReport:
         manifest, seconds = self.manifest, sum(self.stages.values())
         return [
             f"{self.output}: {manifest.model.id}, {manifest.precision}, for {manifest.target}, "
-            f"{self.bytes / 1e6:.1f} MB in {seconds:.1f} s",
+            f"{size(self.bytes)} in {seconds:.1f} s",
             self.context.reason,
             *self.notes,
         ]
@@ -92,15 +96,14 @@ class BuildReport:
 
 @dataclass(frozen=True)
 class _Plan:
-    """All that is decided before anything is made."""
+    """All that is decided before anything is made. weights: bytes of them as stored."""
 
     source: Source
-    shape: LlamaShape
-    tokens: TokenIds
     target: Target
     made: Made
     precision: str
     formats: Mapping[str, Format]
+    weights: int
     context: ContextChoice
     batch: int
 
@@ -130,11 +133,12 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildRepor
     progress = progress or Silent()
     clock = _Clock(progress)
     target = load_target(options.target)
-    check_destination(options.output, force=options.force)
+    place = check_destination(options.output, force=options.force)
     clock.stage("open", f"Opening {options.model}")
-    plan = _plan(options, target)
-    for warning in filter(None, [plan.context.warning]):
-        progress.warn(warning)
+    plan = _plan(options, target, progress)
+    require_space(place.parent, plan.weights + _BESIDE_WEIGHTS)
+    if plan.context.warning:
+        progress.warn(plan.context.warning)
     with staged(options.output, force=options.force) as folder:
         placements = _write_model(plan, folder, clock, progress)
         _write_companions(plan, folder)
@@ -148,19 +152,26 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildRepor
     return BuildReport(options.output, manifest, plan.context, plan.made.notes, clock.stages)
 
 
-def _plan(options: BuildOptions, target: Target) -> _Plan:
+def _plan(options: BuildOptions, target: Target, progress: Progress) -> _Plan:
     made = what_is_made(target)
-    source = open_source(options.model, revision=options.revision, token=options.token, cache_dir=options.cache_dir)
-    shape = LlamaShape.from_config(source.config)
+    source = open_source(
+        options.model,
+        revision=options.revision,
+        token=options.token,
+        cache_dir=options.cache_dir,
+        progress=progress,
+    )
     keeps_own = options.precision is None and source.native_precision is not None
     precision = None if keeps_own else options.precision or target.default_precision
     formats = plan_formats(source.tensors, precision)
-    weights = sum(stored_bytes(tensor.shape, formats[name]) for name, tensor in source.tensors.items())
-    load = Load(shape, weights, made.activations, made.on_cpu, options.batch)
-    context = choose_context(target, load, shape.max_positions, options.context)
-    require_space(options.output.parent, weights + _BESIDE_WEIGHTS)
+    scale = CACHE_BYTES[made.activations]
+    weights: Counter[str] = Counter()
+    for name, tensor in source.tensors.items():
+        weights[formats[name].name] += stored_bytes(tensor.shape, formats[name], scale)
+    load = Load(source.shape, weights, made.activations, made.on_cpu, options.batch)
+    context = choose_context(target, load, source.shape.max_positions, options.context)
     named = precision or str(source.native_precision)
-    return _Plan(source, shape, token_ids(source), target, made, named, formats, context, options.batch)
+    return _Plan(source, target, made, named, formats, weights.total(), context, options.batch)
 
 
 def _write_model(plan: _Plan, folder: Path, clock: _Clock, progress: Progress) -> dict[str, Placement]:
@@ -190,15 +201,16 @@ def _write_companions(plan: _Plan, folder: Path) -> None:
     """Config, tokenizer, template and licence as the checkpoint has them, and what onnxruntime-genai reads."""
     from .optimize.ort.odd_heads import cache_head_dim  # noqa: PLC0415
 
-    for name in plan.source.files:
-        (folder / name).write_bytes(plan.source.content(name))
+    source, shape, tokens = plan.source, plan.source.shape, plan.source.tokens
+    for name in source.files:
+        (folder / name).write_bytes(source.content(name))
     genai = genai_config(
-        replace(plan.shape, head_dim=cache_head_dim(plan.shape.head_dim)),  # it allocates the cache
+        replace(shape, head_dim=cache_head_dim(shape.head_dim)),  # it allocates the cache
         context=plan.context.context,
-        bos_token_id=plan.tokens.bos,
-        eos_token_ids=plan.tokens.eos,
-        pad_token_id=plan.tokens.pad,
-        generation=plan.source.json("generation_config.json"),
+        bos_token_id=tokens.bos,
+        eos_token_ids=tokens.eos,
+        pad_token_id=tokens.pad,
+        generation=source.json("generation_config.json"),
         provider="cpu" if plan.made.on_cpu else "cuda",
     )
     (folder / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
@@ -208,7 +220,7 @@ def _manifest(plan: _Plan) -> Manifest:
     from .optimize.ort import MINIMUM_ONNXRUNTIME  # noqa: PLC0415
     from .optimize.ort.odd_heads import cache_head_dim  # noqa: PLC0415
 
-    shape, source = plan.shape, plan.source
+    source, shape, tokens = plan.source, plan.source.shape, plan.source.tokens
     return Manifest(
         model=ModelRecord(source.model_id, source.kind, source.revision, source.licence),
         target=plan.target.name,
@@ -225,7 +237,7 @@ def _manifest(plan: _Plan) -> Manifest:
             cache_dtype=plan.made.activations,
         ),
         limits=Limits(plan.context.context, plan.batch, min(PREFILL_CHUNK, plan.context.context)),
-        tokens=Tokens(plan.tokens.bos, plan.tokens.eos, plan.tokens.pad, plan.tokens.add_bos),
+        tokens=Tokens(tokens.bos, tokens.eos, tokens.pad, tokens.add_bos),
         minimum={"python": "3.10", "onnxruntime": MINIMUM_ONNXRUNTIME},
         providers=plan.made.providers,
         tools=tool_versions(),
@@ -238,7 +250,7 @@ def tool_versions() -> dict[str, str]:
     return {
         "llama-export": __version__,
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in _TOOLS},
+        **{name: version for name in _TOOLS if (version := installed_version(name)) is not None},
     }
 
 

@@ -166,6 +166,7 @@ def main() -> int:
         for tool in todo:
             report.version(tool.python, tool.package)
         size = warm(checkpoint)
+        arguments.work.mkdir(parents=True, exist_ok=True)
         check_space(arguments.work, 5 * size)  # fp32 doubles bf16, and peers write twice
         runs: dict[Tool, list[Run]] = {tool: [] for tool in todo}
         for number in range(arguments.rounds):

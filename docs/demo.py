@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llama_export.tables import size
+
 QUESTION = "What is the capital of France?"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -53,7 +55,7 @@ def summary(described: dict[str, Any], verdict: dict[str, Any], answer: dict[str
     return [
         "",
         "Summary",
-        f"  bundle  {described['path']}, {described['derived']['bytes'] / 1e6:.1f} MB",
+        f"  bundle  {described['path']}, {size(described['derived']['bytes'])}",
         *(f"  parity  {gate_text(gate)}" for gate in gates),
         f"  answer  {answer['text'].strip()}",
         f"  speed   {answer['decode_tokens_per_second']:.1f} tokens a second, first token after "

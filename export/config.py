@@ -6,10 +6,11 @@ import copy
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LlamaExportError, did_you_mean
+from ..optimize.formats import EMBEDDING, HEAD
 from ..optimize.tensors import SourceTensor
 
 if TYPE_CHECKING:
@@ -25,13 +26,31 @@ _MOST = 2**31 - 1
 _MOST_LAYERS = 1024
 _MOST_NUMBER = 1e30  # well inside of float32
 
-_ROPE_KEYS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "yarn": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+
+@dataclass(frozen=True)
+class _Rope:
+    """The numbers of a rope type, all above 0. optional: with the values that transformers takes where they are absent;
+    ascending: the first of the two must be below the second.
+    """
+
+    needed: tuple[str, ...] = ()
+    optional: Mapping[str, float] = field(default_factory=dict)
+    ascending: tuple[str, str] | None = None
+
+
+_ROPES: Mapping[str, _Rope] = {
+    "default": _Rope(),
+    "linear": _Rope(("factor",)),
+    "yarn": _Rope(
+        ("factor",),
+        {"attention_factor": 1.0, "beta_slow": 1.0, "beta_fast": 32.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+        ("beta_slow", "beta_fast"),
+    ),
+    "llama3": _Rope(
+        ("factor", "low_freq_factor", "high_freq_factor"), ascending=("low_freq_factor", "high_freq_factor")
+    ),
 }
-"""Rope types that export, with the numbers that each one needs."""
+"""Rope types that export."""
 
 _BESIDE_ROPE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 """Keys that LlamaConfig takes from beside the rope object where the object lacks them."""
@@ -182,12 +201,12 @@ def _check_rope(config: Mapping[str, Any]) -> None:
     if kind in _ROPE_LATER:
         raise LlamaExportError(
             f"The checkpoint's rope type is {kind!r}, which this version does not export because {_ROPE_LATER[kind]}; "
-            f"supported are {', '.join(_ROPE_KEYS)}."
+            f"supported are {', '.join(_ROPES)}."
         )
-    if kind not in _ROPE_KEYS:
+    if kind not in _ROPES:
         raise LlamaExportError(
-            f"The checkpoint's rope type {kind!r} is unknown; supported are {', '.join(_ROPE_KEYS)}."
-            + did_you_mean(kind, _ROPE_KEYS)
+            f"The checkpoint's rope type {kind!r} is unknown; supported are {', '.join(_ROPES)}."
+            + did_you_mean(kind, _ROPES)
         )
     values = {**{key: config.get(key) for key in _BESIDE_ROPE}, **rope}
     _number(values, "rope_theta", default=10_000.0, least=1.0)
@@ -196,8 +215,19 @@ def _check_rope(config: Mapping[str, Any]) -> None:
             "config.json sets partial_rotary_factor, but a Llama rotates whole heads; take a Llama checkpoint."
         )
     _number(values, "original_max_position_embeddings", default=1.0, least=0.0)
-    for key in _ROPE_KEYS[kind]:
-        _number(values, key, least=0.0)
+    _check_numbers(_ROPES[kind], values)
+
+
+def _check_numbers(rope: _Rope, values: Mapping[str, Any]) -> None:
+    numbers = {key: _number(values, key, least=0.0) for key in rope.needed}
+    numbers |= {key: _number(values, key, default=default, least=0.0) for key, default in rope.optional.items()}
+    if rope.ascending is not None:
+        low, high = rope.ascending
+        if numbers[low] >= numbers[high]:
+            raise LlamaExportError(
+                f"config.json says {low} is {numbers[low]:g} and {high} is {numbers[high]:g}, but the first must be "
+                "below the second; correct config.json."
+            )
 
 
 def _check_architecture(config: Mapping[str, Any]) -> None:
@@ -237,14 +267,13 @@ _PROJECTIONS = {
     "mlp.down_proj": (_HIDDEN, _FFN, "mlp_bias"),
 }
 _NORMS = ("input_layernorm", "post_attention_layernorm")
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _HARMLESS = re.compile(r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.inv_freq")
 """Tables that early checkpoints saved and that transformers computes itself."""
 
 
 def _axes(shape: LlamaShape) -> dict[str, tuple[str, ...]]:
     """Return the axes of every tensor, as config keys."""
-    axes: dict[str, tuple[str, ...]] = {_EMBEDDING: (_VOCAB, _HIDDEN)}
+    axes: dict[str, tuple[str, ...]] = {EMBEDDING: (_VOCAB, _HIDDEN)}
     biased = {"attention_bias": shape.attention_bias, "mlp_bias": shape.mlp_bias}
     for layer in range(shape.layers):
         prefix = f"model.layers.{layer}."
@@ -255,7 +284,7 @@ def _axes(shape: LlamaShape) -> dict[str, tuple[str, ...]]:
         axes.update({f"{prefix}{name}.weight": (_HIDDEN,) for name in _NORMS})
     axes["model.norm.weight"] = (_HIDDEN,)
     if not shape.tied:
-        axes[_HEAD] = (_VOCAB, _HIDDEN)
+        axes[HEAD] = (_VOCAB, _HIDDEN)
     return axes
 
 
@@ -325,7 +354,7 @@ def _unknown(name: str, expected: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _missing(name: str) -> str:
-    if name == _HEAD:
+    if name == HEAD:
         return (
             f"The checkpoint has no tensor {name}, but config.json does not say tie_word_embeddings: true; correct "
             "config.json or take the checkpoint again."

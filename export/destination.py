@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from .. import tables
 from ..errors import LlamaExportError, UsageError
 from ..runtime.bundle import MANIFEST
 
@@ -96,8 +97,8 @@ def require_space(path: Path, size: int) -> None:
     free = _free(path)
     if free < size:
         raise LlamaExportError(
-            f"The bundle needs {_gib(size)} in {path}, but only {_gib(free)} are free there; free space or name a "
-            "folder on another disk."
+            f"The bundle needs {tables.size(size)} in {path}, but only {tables.size(free)} are free there; free space "
+            "or name a folder on another disk."
         )
 
 
@@ -115,10 +116,6 @@ def _unwritable(place: Path, error: OSError) -> UsageError:
 def _free(path: Path) -> int:
     path = path.absolute()
     return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
 
 
 def _is_bundle(folder: Path) -> bool:

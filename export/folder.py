@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +10,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import LlamaExportError
+from ..optimize.formats import EMBEDDING, HEAD
 from ..optimize.tensors import SourceTensor
+from ..runtime.bundle import is_safe_name
+from ..tables import size
 from .config import check_config
+from .json_object import MOST_BYTES, read_object
 from .safetensors_file import open_safetensors
 from .source import Kind, Source
 
@@ -26,8 +29,6 @@ _COPIED = (
     "added_tokens.json",
 )
 _LEGAL = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)([._-].*)?", re.IGNORECASE)
-_MOST_TEXT = 100_000_000
-"""Bytes of any file but the weights; Llama 3's tokenizer.json, the largest, has 17 million."""
 _ROWS = 4096
 
 
@@ -59,23 +60,9 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         raise LlamaExportError(_no_config(path))
-    config = read_json(file)
+    config = read_object(file)
     check_config(config)
     return config
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of bounded size. Raises LlamaExportError when there is none."""
-    try:
-        size = path.stat().st_size
-        value = json.loads(path.read_bytes()) if size <= _MOST_TEXT else None
-    except OSError as error:
-        raise LlamaExportError(f"Cannot read {path}: {error.strerror}; check the file and its permissions.") from error
-    except (ValueError, RecursionError) as error:
-        raise LlamaExportError(f"{path} is no valid JSON ({error}); copy or download it again.") from error
-    if not isinstance(value, dict):
-        raise LlamaExportError(f"{path} does not hold one JSON object; copy or download it again.")
-    return value
 
 
 def _no_config(path: Path) -> str:
@@ -104,7 +91,7 @@ def _no_tokenizer(path: Path) -> str:
 
 def _without_tied_copy(tensors: dict[str, SourceTensor]) -> dict[str, SourceTensor]:
     """Leave out a head that repeats the embedding; one that differs contradicts the config and is refused."""
-    head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    head, embedding = tensors.get(HEAD), tensors.get(EMBEDDING)
     if head is None or embedding is None:
         return tensors
     if head.shape != embedding.shape or any(
@@ -113,19 +100,24 @@ def _without_tied_copy(tensors: dict[str, SourceTensor]) -> dict[str, SourceTens
         for stop in [min(start + _ROWS, head.shape[0])]
     ):
         raise LlamaExportError(
-            "config.json says tie_word_embeddings: true, but lm_head.weight differs from model.embed_tokens.weight; "
+            f"config.json says tie_word_embeddings: true, but {HEAD} differs from {EMBEDDING}; "
             "set tie_word_embeddings to false in config.json if the head is meant."
         )
-    return {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    return {name: tensor for name, tensor in tensors.items() if name != HEAD}
 
 
 def _files(path: Path) -> dict[str, Path | bytes]:
     files: dict[str, Path | bytes] = {name: path / name for name in _COPIED if (path / name).is_file()}
     files |= {file.name: file for file in sorted(path.iterdir()) if _LEGAL.fullmatch(file.name) and file.is_file()}
     for name, file in files.items():
-        if isinstance(file, Path) and file.stat().st_size > _MOST_TEXT:
+        if not (is_safe_name(name) and name.isprintable()):
             raise LlamaExportError(
-                f"{file} has {file.stat().st_size} bytes, but {name} has at most {_MOST_TEXT}; check what it is."
+                f"{path} holds the file {name!r}, which belongs into the bundle, but not every system can name a file "
+                "so; rename it."
+            )
+        if isinstance(file, Path) and file.stat().st_size > MOST_BYTES:
+            raise LlamaExportError(
+                f"{file} has {size(file.stat().st_size)}, but at most {size(MOST_BYTES)} are read; check what it is."
             )
     if "chat_template.jinja" not in files and (template := _chat_template(path)) is not None:
         files["chat_template.jinja"] = template.encode(errors="replace")  # JSON allows half characters
@@ -135,10 +127,10 @@ def _files(path: Path) -> dict[str, Path | bytes]:
 def _chat_template(path: Path) -> str | None:
     """Return the chat template that older checkpoints keep in tokenizer_config.json or chat_template.json."""
     for name in ("tokenizer_config.json", "chat_template.json"):
-        template = read_json(path / name).get("chat_template") if (path / name).is_file() else None
+        template = read_object(path / name).get("chat_template") if (path / name).is_file() else None
         if isinstance(template, list):  # several, by name
-            template = {item.get("name"): item.get("template") for item in template if isinstance(item, Mapping)}
-            template = template.get("default")
+            named = (item for item in template if isinstance(item, Mapping) and item.get("name") == "default")
+            template = next(named, {}).get("template")
         if isinstance(template, str):
             return template
     return None

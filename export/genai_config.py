@@ -20,6 +20,24 @@ SAMPLING_DEFAULTS: Mapping[str, Any] = {
 }
 """The sampling settings of generation_config.json that onnxruntime-genai knows too, with the values it takes alone."""
 
+_SEARCH: Mapping[str, Any] = {
+    "min_length": 0,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "past_present_share_buffer": True,  # GroupQueryAttention writes into the cache that it is given
+}
+_INPUTS: Mapping[str, str] = {
+    "input_ids": "input_ids",
+    "attention_mask": "attention_mask",
+    "past_key_names": "past_key_values.%d.key",
+    "past_value_names": "past_key_values.%d.value",
+}
+_OUTPUTS: Mapping[str, str] = {
+    "logits": "logits",
+    "present_key_names": "present.%d.key",
+    "present_value_names": "present.%d.value",
+}
+
 
 def genai_config(
     shape: LlamaShape,
@@ -30,9 +48,8 @@ def genai_config(
     pad_token_id: int | None,
     generation: Mapping[str, Any],
     provider: Literal["cpu", "cuda"] = "cpu",
-    filename: str = "model.onnx",
 ) -> dict[str, Any]:
-    """Return the content of genai_config.json for the graph `filename` beside it.
+    """Return the content of genai_config.json for the graph beside it.
 
     context: most positions of the cache, prompt included; onnxruntime-genai allocates all by default.
     pad_token_id: pads the shorter rows of a batch, on the right; without one (None or negative) the first end token
@@ -45,38 +62,24 @@ def genai_config(
         "eos_token_id": list(eos_token_ids) or None,
         "pad_token_id": pad_token_id if has_pad else next(iter(eos_token_ids), 0),
     }
+    options = {
+        "log_id": "onnxruntime-genai",
+        "provider_options": [] if provider == "cpu" else [{provider: {}}],
+    }
     decoder = {
-        "session_options": {
-            "log_id": "onnxruntime-genai",
-            "provider_options": [] if provider == "cpu" else [{provider: {}}],
-        },
-        "filename": filename,
+        "session_options": options,
+        "filename": "model.onnx",
         "head_size": shape.head_dim,
         "hidden_size": shape.hidden,
         "num_attention_heads": shape.heads,
         "num_hidden_layers": shape.layers,
         "num_key_value_heads": shape.kv_heads,
-        "inputs": {
-            "input_ids": "input_ids",
-            "attention_mask": "attention_mask",
-            "past_key_names": "past_key_values.%d.key",
-            "past_value_names": "past_key_values.%d.value",
-        },
-        "outputs": {
-            "logits": "logits",
-            "present_key_names": "present.%d.key",
-            "present_value_names": "present.%d.value",
-        },
+        "inputs": dict(_INPUTS),
+        "outputs": dict(_OUTPUTS),
     }
-    search = {
+    sampling = {
         name: default if generation.get(name) is None else generation[name]
         for name, default in SAMPLING_DEFAULTS.items()
-    } | {
-        "max_length": context,
-        "min_length": 0,
-        "num_beams": 1,
-        "num_return_sequences": 1,
-        "past_present_share_buffer": True,  # GroupQueryAttention writes into the cache that it is given
     }
     return {
         "model": {
@@ -86,5 +89,5 @@ def genai_config(
             **{name: value for name, value in tokens.items() if value is not None},
             "decoder": decoder,
         },
-        "search": search,
+        "search": {**sampling, "max_length": context, **_SEARCH},
     }

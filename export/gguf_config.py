@@ -15,7 +15,7 @@ from .config import check_config
 from .gguf_file import GgufFile
 
 ARCHITECTURE = "llama"
-EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+GGUF_EMBEDDING, GGUF_HEAD = "token_embd.weight", "output.weight"
 
 _MOST = 2**31 - 1
 _DTYPES = {"F16": "float16", "BF16": "bfloat16"}
@@ -64,8 +64,8 @@ def model_config(file: GgufFile, rope_factors: Float32 | None) -> dict[str, Any]
     heads = count(file, "llama.attention.head_count")
     hidden = count(file, "llama.embedding_length")
     head_dim = _head_dim(file, hidden // heads)
-    if EMBEDDING not in file.tensors:
-        raise _bad(file, f"has no tensor {EMBEDDING}")
+    if GGUF_EMBEDDING not in file.tensors:
+        raise _bad(file, f"has no tensor {GGUF_EMBEDDING}")
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -79,8 +79,8 @@ def model_config(file: GgufFile, rope_factors: Float32 | None) -> dict[str, Any]
         "max_position_embeddings": count(file, "llama.context_length"),
         "rms_norm_eps": _number(file, "llama.attention.layer_norm_rms_epsilon"),
         "rope_parameters": _rope_parameters(file, head_dim, rope_factors),
-        "vocab_size": file.tensors[EMBEDDING].shape[0],
-        "tie_word_embeddings": HEAD not in file.tensors,
+        "vocab_size": file.tensors[GGUF_EMBEDDING].shape[0],
+        "tie_word_embeddings": GGUF_HEAD not in file.tensors,
         "attention_bias": _has_bias(file, "attn_"),
         "mlp_bias": _has_bias(file, "ffn_"),
         **token_ids(file),
@@ -103,7 +103,7 @@ def token_id(file: GgufFile, role: str) -> int | None:
     index = file.metadata.get(key, defaults.get(role))
     if index is None:
         return None
-    rows = len(_tokens(file)) or file.tensors[EMBEDDING].shape[0]
+    rows = len(_tokens(file)) or file.tensors[GGUF_EMBEDDING].shape[0]
     if isinstance(index, int) and 0 <= index < rows:
         return int(index)
     if role == "padding":

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
+from .. import tables
 from ..errors import LlamaExportError
 from ..optimize.tensors import UInt8
+from .positioned import read_into
 
 SUPPORTED_TYPES = ("Q4_0", "Q4_1", "Q8_0", "F16", "BF16", "F32")
 MAX_HEADER = 1 << 25
@@ -69,7 +71,6 @@ class GgufFile:
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
-    alignment: int
 
 
 def read_gguf(path: Path) -> GgufFile:
@@ -96,7 +97,7 @@ def read_rows(path: Path, tensor: GgufTensor, start: int, stop: int) -> UInt8:
     rows = np.empty((stop - start, tensor.row_bytes), np.uint8)
     try:
         with path.open("rb", buffering=0) as file:
-            _read_into(file.fileno(), rows.reshape(-1).data, tensor.offset + start * tensor.row_bytes)
+            read_into(file.fileno(), rows.reshape(-1).data, tensor.offset + start * tensor.row_bytes)
     except OSError as error:
         raise _bad(path, f"reading tensor {tensor.name!r} failed ({error.strerror})") from error
     except EOFError as error:
@@ -106,16 +107,6 @@ def read_rows(path: Path, tensor: GgufTensor, start: int, stop: int) -> UInt8:
 
 def _bad(path: Path, why: str) -> LlamaExportError:
     return LlamaExportError(f"Cannot read the GGUF file {path}: {why}.")
-
-
-def _read_into(descriptor: int, target: memoryview, offset: int) -> None:
-    """Fill `target` from `offset` of the file; a single pread may return less than asked. Raises EOFError."""
-    done = 0
-    while done < len(target):
-        count = os.preadv(descriptor, [target[done:]], offset + done)
-        if count == 0:
-            raise EOFError
-        done += count
 
 
 @dataclass
@@ -141,7 +132,7 @@ class _Header:
         entries = self._tensor_table(tensor_count)
         start = -(-self.position // alignment) * alignment
         tensors = {name: self._tensor(name, dims, kind, start + at) for name, (dims, kind, at) in entries.items()}
-        return GgufFile(self.path, metadata, tensors, alignment)
+        return GgufFile(self.path, metadata, tensors)
 
     def _preamble(self) -> tuple[int, int]:
         if self.file_size < 4 or self._take(4) != b"GGUF":
@@ -278,12 +269,14 @@ class _Header:
         if end > self.file_size:
             raise self._bad(f"{self.what} goes beyond the end of the file; it is truncated or damaged, fetch it again")
         if end > MAX_HEADER:
-            raise self._bad(f"{self.what} goes beyond the first {MAX_HEADER >> 20} MiB, where no header should reach")
+            raise self._bad(
+                f"{self.what} goes beyond the first {tables.size(MAX_HEADER)}, where no header should reach"
+            )
         size = min(max(end, 2 * len(self.data), _FIRST_READ), self.file_size, MAX_HEADER)
         data = bytearray(size)
         data[: len(self.data)] = self.data
         try:
-            _read_into(self.descriptor, memoryview(data)[len(self.data) :], len(self.data))
+            read_into(self.descriptor, memoryview(data)[len(self.data) :], len(self.data))
         except EOFError as error:
             raise self._bad(f"the file ended inside {self.what}; it is being written or truncated") from error
         self.data = bytes(data)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..errors import LlamaExportError, did_you_mean
+from ..optimize.formats import NATIVE
 from ..optimize.tensors import BLOCK, Blocks, Float32, SourceTensor, UInt8
 from .config import expected_tensors
 from .gguf_blocks import BLOCK_TYPES, NotFiniteError, decode_blocks, decode_values
@@ -153,16 +154,16 @@ class _Rows:
 
     def blocks(self, start: int, stop: int) -> Blocks:
         """Return rows [start, stop) as stored codes and scales; block types only."""
-        rows, columns = stop - start, self.tensor.shape[1]
+        rows, columns, format = stop - start, self.tensor.shape[1], NATIVE[self.tensor.type]
         codes = np.empty((rows, columns), np.uint8)
         scales = np.empty((rows, columns // BLOCK), np.float32)
-        offsets = np.empty_like(scales) if self.tensor.type == "Q4_1" else None
+        offsets = np.empty_like(scales) if format.offsets else None
         for here, stored in self._pieces(start, stop):
             piece = self._decoded(decode_blocks, stored)
             codes[here], scales[here] = piece.codes, piece.scales
             if offsets is not None:
                 offsets[here] = piece.offsets
-        return Blocks(8 if self.tensor.type == "Q8_0" else 4, codes, scales, offsets)
+        return Blocks(format.bits, codes, scales, offsets)
 
     def _decoded(self, decode: Callable[[str, UInt8], Decoded], stored: UInt8) -> Decoded:
         try:

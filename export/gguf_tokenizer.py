@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from ..errors import LlamaExportError, did_you_mean
-from .gguf_config import EMBEDDING, count, token_id
+from .gguf_config import GGUF_EMBEDDING, count, token_id
 from .gguf_file import GgufFile
 
 _PREFIX = "tokenizer.ggml."
@@ -23,6 +23,8 @@ _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 """Token of tokenizer_config.json -> token of the metadata."""
 
 _SPACE = "▁"  # what sentencepiece writes for a space
+_LONGEST = 1024
+"""Characters of a sentencepiece token, whose every split is looked at; training makes 16 at most by default."""
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -140,9 +142,9 @@ def _vocabulary(file: GgufFile) -> _Vocabulary:
     tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(_strings(file, "tokens"))]
     if len(set(tokens)) != len(tokens):
         raise _bad(file, "a token appears twice")
-    rows = file.tensors[EMBEDDING].shape[0]
+    rows = file.tensors[GGUF_EMBEDDING].shape[0]
     if len(tokens) > rows:
-        raise _bad(file, f"it has {len(tokens)} tokens, but {EMBEDDING} has only {rows} rows")
+        raise _bad(file, f"it has {len(tokens)} tokens, but {GGUF_EMBEDDING} has only {rows} rows")
     types = (_Type.NORMAL,) * len(tokens)
     if _PREFIX + "token_type" in file.metadata:
         types = _numbers(file, "token_type", len(tokens))
@@ -240,6 +242,8 @@ def _merges_from_scores(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
     order = sorted(normal, key=lambda index: (-scores[index], not vocabulary.tokens[index].strip(_SPACE), index))
     merges: list[tuple[str, str]] = []
     for token in (vocabulary.tokens[index] for index in order):
+        if len(token) > _LONGEST:
+            raise _bad(vocabulary.file, f"a token has {len(token)} characters, more than any that is trained")
         splits = ((token[:at], token[at:]) for at in range(len(token) - 1, 0, -1))
         merges.extend((left, right) for left, right in splits if left in known and right in known)
     return merges

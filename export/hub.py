@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 
 from ..errors import LlamaExportError, UsageError, did_you_mean
+from ..progress import Progress, Silent
 from .hub_errors import explain, is_a, is_broken_transfer, is_xet, one_line
 
 _SETTINGS = (
@@ -46,12 +46,15 @@ class Download:
 
 @dataclass(frozen=True)
 class HubOptions:
-    """How to reach a repository; None leaves each to huggingface_hub and its environment variables."""
+    """How to reach a repository; None leaves each to huggingface_hub and its environment variables.
+
+    progress: is told of downloads that are tried again; huggingface_hub draws its bars where it draws, too.
+    """
 
     revision: str | None = None
     token: str | None = None
     cache_dir: Path | None = None
-    progress: bool | None = None
+    progress: Progress = field(default_factory=Silent)
 
 
 def download_settings(repo: str, options: HubOptions) -> Download:
@@ -88,7 +91,7 @@ def _snapshot(hub: ModuleType, repo: str, options: HubOptions, patterns: tuple[s
         )
 
     with _progress_bars(options.progress), _explained(hub, repo, options):
-        return _retried(hub, fetch)
+        return _retried(hub, fetch, options.progress)
 
 
 def download_file(repo: str, name: str, options: HubOptions) -> Download:
@@ -102,7 +105,7 @@ def download_file(repo: str, name: str, options: HubOptions) -> Download:
 
     try:
         with _progress_bars(options.progress), _explained(hub, repo, options):
-            path = _retried(hub, fetch)
+            path = _retried(hub, fetch, options.progress)
     except hub.errors.EntryNotFoundError as error:
         files = _files(hub, repo, options, (".gguf",))
         raise LlamaExportError(
@@ -127,7 +130,7 @@ def _huggingface_hub() -> ModuleType:
     return hub
 
 
-def _retried(hub: ModuleType, fetch: Callable[[], str]) -> Path:
+def _retried(hub: ModuleType, fetch: Callable[[], str], progress: Progress) -> Path:
     """Call `fetch` again when a connection breaks; files that are complete stay in the cache and are not fetched twice.
 
     huggingface_hub itself resumes a file after an early end or a timeout, but not after a reset of the connection. What
@@ -141,7 +144,7 @@ def _retried(hub: ModuleType, fetch: Callable[[], str]) -> Path:
                 hub.constants.HF_HUB_DISABLE_XET = True
             elif not is_broken_transfer(error):
                 raise
-            print(f"The download stopped ({one_line(error)}); trying again.", file=sys.stderr)
+            progress.warn(f"The download stopped ({one_line(error)}); trying again.")
             time.sleep(pause)
     return Path(fetch())
 
@@ -188,10 +191,10 @@ def _files(hub: ModuleType, repo: str, options: HubOptions, endings: tuple[str, 
 
 
 @contextlib.contextmanager
-def _progress_bars(wanted: bool | None) -> Iterator[None]:
-    """Show huggingface_hub's bars on stderr or not; None: where stderr is a terminal."""
+def _progress_bars(progress: Progress) -> Iterator[None]:
+    """Let huggingface_hub draw its bars on stderr where `progress` draws as well."""
     utils = importlib.import_module("huggingface_hub.utils")
-    if sys.stderr.isatty() if wanted is None else wanted:
+    if progress.draws:
         yield
         return
     were_disabled = utils.are_progress_bars_disabled()

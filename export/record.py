@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 
 from ..errors import LlamaExportError
 from ..optimize.graph import ROTARY_TABLES
+from ..optimize.quantise import dense_format
 from ..optimize.tensors import Float32
 from ..progress import Progress
 from ..runtime.batch import BatchReplay
@@ -124,7 +125,4 @@ def _tables(config: LlamaConfig, manifest: Manifest) -> Iterator[WeightRecord]:
     for name, table in zip(ROTARY_TABLES, rotary_tables(config, manifest.limits.context), strict=True):
         stored = table.astype(dtype)
         sha256, norm = fingerprint(iter([stored]))
-        yield WeightRecord(name, _DENSE[dtype], table.shape, 0, {"values": name}, sha256, norm)
-
-
-_DENSE = {"float32": "fp32", "float16": "fp16"}
+        yield WeightRecord(name, dense_format(dtype).name, table.shape, 0, {"values": name}, sha256, norm)

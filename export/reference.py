@@ -7,6 +7,7 @@ shows.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -38,6 +39,10 @@ class ExactModel:
     formats: Mapping[str, Format]
     scale_dtype: npt.DTypeLike
     fingerprints: dict[str, tuple[str, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.config = copy.deepcopy(self.config)
+        self.config._attn_implementation = "sdpa"
 
     @torch.no_grad()
     def logits(self, sequences: Sequence[Sequence[int]], progress: Progress) -> list[Float32]:
@@ -74,7 +79,6 @@ class ExactModel:
         return [torch.from_numpy(np.stack([rows[token] for token in sequence]))[None] for sequence in sequences]
 
     def _layer(self, index: int) -> LlamaDecoderLayer:
-        self.config._attn_implementation = "sdpa"
         with torch.device("meta"):
             layer = LlamaDecoderLayer(self.config, index)
         prefix = f"model.layers.{index}."

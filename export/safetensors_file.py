@@ -7,7 +7,6 @@ be, as large as its checkpoint.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -23,6 +22,9 @@ import numpy.typing as npt
 
 from ..errors import LlamaExportError
 from ..optimize.tensors import Float32, SourceTensor
+from ..tables import size
+from .json_object import parse_object, read_object
+from .positioned import read_into
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -96,17 +98,14 @@ class _File:
 
     def read_into(self, values: npt.NDArray[Any], offset: int) -> None:
         """Fill a contiguous one-dimensional array with the bytes from `offset`."""
-        rest = values.view(np.uint8).data
-        while rest:
-            try:
-                count = os.preadv(self._descriptor, [rest], offset)
-            except OSError as error:
-                raise LlamaExportError(f"Reading {self.path} failed: {error.strerror}; check the disk.") from error
-            if count == 0:
-                raise LlamaExportError(
-                    f"{self.path} ended at byte {offset} while it was being read; nothing may change it during a build."
-                )
-            rest, offset = rest[count:], offset + count
+        try:
+            read_into(self._descriptor, values.view(np.uint8).data, offset)
+        except OSError as error:
+            raise LlamaExportError(f"Reading {self.path} failed: {error.strerror}; check the disk.") from error
+        except EOFError as error:
+            raise LlamaExportError(
+                f"{self.path} ended at byte {error} while it was being read; nothing may change it during a build."
+            ) from error
 
 
 def _read_rows(file: _File, entry: _Entry, start: int, stop: int) -> Float32:
@@ -139,12 +138,12 @@ def _read_header(file: _File) -> dict[str, _Entry]:
     file.read_into(length, 0)
     data = 8 + int(length[0])
     if data - 8 > _MOST_JSON:
-        raise _broken(file, f"its header would have {data - 8} bytes")
+        raise _broken(file, f"its header would have {size(data - 8)}")
     if data > file.size:
         raise _truncated(file, data)
     text = np.empty(data - 8, dtype=np.uint8)
     file.read_into(text, 8)
-    header = _parse(text.tobytes(), file.path)
+    header = parse_object(text.tobytes(), f"The header of {file.path}", unique=True)
     entries = {name: _entry(file, name, value, data) for name, value in header.items() if name != "__metadata__"}
     end = data
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size)):
@@ -199,10 +198,7 @@ def _indexed(folder: Path, weight_map: Mapping[str, str]) -> dict[str, SourceTen
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    size = path.stat().st_size
-    if size > _MOST_JSON:
-        raise LlamaExportError(f"{path} has {size} bytes, but an index has at most {_MOST_JSON}; download it again.")
-    weight_map = _parse(path.read_bytes(), path).get("weight_map")
+    weight_map = read_object(path, most=_MOST_JSON, unique=True).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise LlamaExportError(f"{path} has no weight_map from tensors to files; download it again.")
     return weight_map
@@ -240,26 +236,6 @@ def _no_weights(folder: Path) -> str:
     if ggufs := sorted(folder.glob("*.gguf")):
         return f"{folder} holds GGUF files and no safetensors; name the file, such as {ggufs[0]}."
     return f"{folder} holds no weights; expected {_SINGLE}, or {INDEX} and the files that it names."
-
-
-def _parse(text: bytes, path: Path) -> dict[str, Any]:
-    """Return the JSON object; a name that stands there twice is refused, since readers disagree on which one counts."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) != len(pairs):
-            raise ValueError("a name stands there twice")
-        return values
-
-    try:
-        value = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise LlamaExportError(
-            f"{path} is broken: its JSON cannot be read ({error}); copy or download the file again."
-        ) from error
-    if not isinstance(value, dict):
-        raise LlamaExportError(f"{path} is broken: its JSON is no object; copy or download the file again.")
-    return value
 
 
 def _truncated(file: _File, expected: int) -> LlamaExportError:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import LlamaExportError, UsageError, did_you_mean
 from ..optimize.tensors import SourceTensor
-from .config import check_config, check_tensors
+from ..progress import Progress, Silent
+from .config import LlamaShape, check_tensors
 from .hub import HubOptions, download_file, download_settings, download_weights
-from .token_ids import token_ids
+from .json_object import parse_object
+from .token_ids import TokenIds, token_ids
 
 Kind = Literal["folder", "hub", "gguf"]
 
@@ -40,6 +42,19 @@ class Source:
     licence: str | None
     native_precision: str | None
 
+    @cached_property
+    def shape(self) -> LlamaShape:
+        """The sizes that config.json gives."""
+        return LlamaShape.from_config(self.config)
+
+    @cached_property
+    def tokens(self) -> TokenIds:
+        """Which tokens begin, end and pad a text; the tokenizer is read for it, once.
+
+        Raises LlamaExportError as `token_ids.token_ids` does.
+        """
+        return token_ids(self)
+
     def content(self, name: str) -> bytes:
         """Return the content of one of `files`. Raises KeyError for another name."""
         file = self.files[name]
@@ -52,17 +67,7 @@ class Source:
         """
         if name not in self.files:
             return {}
-        try:
-            value = json.loads(self.content(name))
-        except (ValueError, RecursionError) as error:
-            raise LlamaExportError(
-                f"The {name} of {self.model_id} is no valid JSON ({error}); copy or download it again."
-            ) from error
-        if not isinstance(value, dict):
-            raise LlamaExportError(
-                f"The {name} of {self.model_id} does not hold one JSON object; copy or download it again."
-            )
-        return value
+        return parse_object(self.content(name), f"The {name} of {self.model_id}")
 
 
 _HUB_FILE = re.compile(r"(?P<repo>[^/:]+/[^/:]+):(?P<file>(?!.*\.\.)[^:/][^:]*\.gguf)", re.IGNORECASE)
@@ -74,12 +79,12 @@ def open_source(
     revision: str | None = None,
     token: str | None = None,
     cache_dir: Path | None = None,
-    progress: bool | None = None,
+    progress: Progress | None = None,
 ) -> Source:
     """Open `model`: an existing folder, an existing GGUF file, or a hub id (`org/name`, `org/name:file.gguf`).
 
-    revision, token and cache_dir are for hub ids. progress: whether downloads draw bars on stderr; None decides by
-    whether stderr is a terminal.
+    revision, token and cache_dir are for hub ids. progress: is told of downloads that are tried again, and decides
+    whether bars are drawn.
     Raises UsageError when the name cannot be used, LlamaExportError when the checkpoint cannot be.
     """
     try:
@@ -96,10 +101,9 @@ def open_source(
     if source is None:
         if _looks_like_path(model) and not _HUB_FILE.fullmatch(model):
             raise UsageError(_no_such_path(path))
-        source = _open_hub(model, HubOptions(revision, token, cache_dir, progress))
-    check_config(source.config)
+        source = _open_hub(model, HubOptions(revision, token, cache_dir, progress or Silent()))
     source = replace(source, tensors=check_tensors(source.config, source.tensors))
-    token_ids(source)
+    _ = source.tokens  # what is wrong with the tokenizer is told now, not after the weights
     return source
 
 

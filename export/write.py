@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ..errors import LlamaExportError
-from ..optimize.formats import Format
+from ..optimize.formats import FP32, Format
 from ..optimize.quantise import blocks_of, pack, round_scales, to_dense
 from ..optimize.stored import Role, Stored, stored_of
-from ..optimize.tensors import Blocks, Float32, SourceTensor
+from ..optimize.tensors import SourceTensor
 from ..progress import Progress
 from .gguf_blocks import inexact_blocks
 
@@ -116,10 +117,12 @@ def write_data(
         total, done, inexact = sum(region.size for region in layout.regions.values()), 0, Counter[str]()
         activations = model.graph.outputs[0].dtype
         assert activations is not None
-        for written in _run_all(_steps(layout, tensors, activations.numpy(), file.fileno()), threads):
-            done += written.size
-            inexact[written.tensor] += written.inexact
-            progress.advance(done, total)
+        steps = _steps(layout, tensors, activations.numpy(), file.fileno())
+        with contextlib.closing(_run_all(steps, threads)) as results:  # no step may outlive the open file
+            for written in results:
+                done += written.size
+                inexact[written.tensor] += written.inexact
+                progress.advance(done, total)
     if inexact := +inexact:
         progress.warn(_rounded(inexact))
 
@@ -166,25 +169,23 @@ class _Step:
         rows = self.tensor.read(self.start, self.stop)
         self._check_finite(rows)
         values = to_dense(rows, self.format)
-        for dtype in {values.dtype, self.activations} - {rows.dtype}:
-            self._check_fits(rows, dtype)
+        if self.format != FP32 or self.activations != np.float32:
+            self._check_fits(values)
         return {"values": values}
 
     def _blocks(self) -> tuple[dict[Role, npt.NDArray[np.generic]], int]:
-        read, stored = blocks_of(self.tensor, self.format)(self.start, self.stop), self.regions["scales"].dtype
-        blocks = round_scales(read, stored)
-        encoded: dict[Role, npt.NDArray[np.generic]] = {"codes": pack(blocks), "scales": blocks.scales}
+        """The blocks, and how many of them are not those that the checkpoint has of its own."""
+        read = blocks_of(self.tensor, self.format)(self.start, self.stop)
         self._check_finite(read.scales)
-        self._check_fits(read.scales, stored)
-        if read.offsets is None or blocks.offsets is None:
+        stored = round_scales(read, self.activations)
+        self._check_fits(stored.scales)
+        encoded: dict[Role, npt.NDArray[np.generic]] = {"codes": pack(stored), "scales": stored.scales}
+        if read.offsets is None or stored.offsets is None:
             return encoded, 0
         self._check_finite(read.offsets)
-        self._check_fits(read.offsets, stored)
-        return {**encoded, "offsets": blocks.offsets}, self._inexact(read, blocks)
-
-    def _inexact(self, read: Blocks, stored: Blocks) -> int:
+        self._check_fits(stored.offsets)
         rounded = int(np.count_nonzero(stored.offsets != read.offsets))
-        return rounded or inexact_blocks(self.tensor, read, self.start)
+        return {**encoded, "offsets": stored.offsets}, rounded or inexact_blocks(self.tensor, read, self.start)
 
     def _put(self, role: Role, data: npt.NDArray[np.generic]) -> int:
         region = self.regions[role]
@@ -199,14 +200,14 @@ class _Step:
                 f"{self.stop - 1}; a Llama's weights are finite, so the file is damaged or its training diverged."
             )
 
-    def _check_fits(self, values: Float32, dtype: npt.DTypeLike) -> None:
+    def _check_fits(self, stored: npt.NDArray[np.generic]) -> None:
+        """Look for numbers that became infinite where they were stored, or will where the graph reads them."""
         with np.errstate(over="ignore"):
-            if np.isfinite(values.astype(dtype)).all():
+            if np.isfinite(stored if self.activations == np.float32 else stored.astype(self.activations)).all():
                 return
         raise LlamaExportError(
-            f"The checkpoint's tensor {self.tensor.name} holds numbers up to {np.abs(values).max():.3g} in rows "
-            f"{self.start} to {self.stop - 1}, which do not fit {np.dtype(dtype).name}; use --precision fp32 with "
-            "-t cpu, which computes in float32."
+            f"The checkpoint's tensor {self.tensor.name} holds numbers in rows {self.start} to {self.stop - 1} that do "
+            "not fit float16, which ends at 65504; use --precision fp32 with -t cpu, which computes in float32."
         )
 
 
@@ -229,7 +230,7 @@ def _steps(
             row += rows
 
 
-def _run_all(steps: Iterator[_Step], threads: int) -> Iterator[_Written]:
+def _run_all(steps: Iterator[_Step], threads: int) -> Generator[_Written]:
     """Run the steps, `threads` at a time, and yield what each did as it ends."""
     with ThreadPoolExecutor(threads, thread_name_prefix="weights") as pool:
         running: set[Future[_Written]] = set()

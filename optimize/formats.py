@@ -38,7 +38,7 @@ FORMATS: Mapping[str, Format] = {format.name: format for format in (FP32, FP16, 
 PRECISIONS: Mapping[str, Format] = {format.name: format for format in (FP32, FP16, INT8, INT4)}
 """What `--precision` takes, and the format that it gives to matrices."""
 
-_NATIVE: Mapping[str, Format] = {
+NATIVE: Mapping[str, Format] = {
     "F32": FP32,
     "F16": FP16,
     "BF16": BF16,
@@ -46,6 +46,7 @@ _NATIVE: Mapping[str, Format] = {
     "Q4_0": INT4,
     "Q4_1": INT4_OFFSET,
 }
+"""A checkpoint tensor's dtype -> the format that keeps it as it is."""
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -62,7 +63,7 @@ def precision_format(precision: str) -> Format:
 
 
 def plan_formats(tensors: Mapping[str, SourceTensor], precision: str | None) -> dict[str, Format]:
-    """Decide the stored format of every tensor; `precision` None keeps what the checkpoint has, without loss.
+    """Decide the stored format of every tensor; `precision` None keeps what the checkpoint has, see `NATIVE`.
 
     Vectors (norms, biases) stay in full precision: they are read once a token and weigh nothing. An embedding of its
     own (not tied to the head) is never below 8 bits: no sum over it averages its error away. Rows that are no multiple
@@ -74,7 +75,7 @@ def plan_formats(tensors: Mapping[str, SourceTensor], precision: str | None) -> 
         if len(tensor.shape) == 1:
             return FP32
         if precision is None:
-            return _NATIVE[tensor.dtype]
+            return NATIVE[tensor.dtype]
         chosen = precision_format(precision)
         if tensor.name == EMBEDDING and chosen.quantised:
             if tensor.shape[1] % BLOCK:
@@ -86,8 +87,8 @@ def plan_formats(tensors: Mapping[str, SourceTensor], precision: str | None) -> 
 
 
 def stored_bytes(shape: tuple[int, ...], format: Format, scale_bytes: int = 4) -> int:
-    """Bytes of a weight of `shape` (rows first) in `format`, scales and offsets included; blocks are padded at the
-    row's end.
+    """Bytes of a weight of `shape` (rows first) in `format`, scales and offsets of `scale_bytes` each included; blocks
+    are padded at the row's end.
     """
     rows = shape[0]
     columns = shape[1] if len(shape) > 1 else 1

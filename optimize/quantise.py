@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from .formats import BF16, FP16, FP32, INT4_OFFSET, Format
+from .formats import BF16, FP16, FP32, NATIVE, Format
 from .tensors import BLOCK, Blocks, Float32, SourceTensor, UInt8
 
 Reader = Callable[[int, int], Blocks]
@@ -67,7 +68,8 @@ def round_scales(blocks: Blocks, dtype: npt.DTypeLike) -> Blocks:
     """The same codes with scales and offsets as they survive being stored in `dtype`, that of the activations."""
 
     def rounded(values: Float32) -> Float32:
-        return values.astype(dtype).astype(np.float32)
+        with np.errstate(over="ignore"):  # the writer looks for infinity
+            return values.astype(dtype).astype(np.float32)
 
     return Blocks(
         blocks.bits, blocks.codes, rounded(blocks.scales), None if blocks.offsets is None else rounded(blocks.offsets)
@@ -78,10 +80,8 @@ def blocks_of(tensor: SourceTensor, format: Format) -> Reader:
     """How rows of `tensor` become blocks of `format`: the checkpoint's own codes where it has them, else
     round-to-nearest.
     """
-    own = tensor.blocks
-    native = {"Q4_0": "int4", "Q4_1": INT4_OFFSET.name, "Q8_0": "int8"}.get(tensor.dtype)
-    if own is not None and native == format.name:
-        return own
+    if tensor.blocks is not None and NATIVE[tensor.dtype] == format:
+        return tensor.blocks
     return lambda start, stop: quantise(tensor.read(start, stop), format.bits)
 
 
@@ -94,9 +94,20 @@ def stored_values(tensor: SourceTensor, format: Format, start: int, stop: int, s
     return rows if format == FP32 else to_dense(rows, format).astype(np.float32)
 
 
-def to_dense(rows: Float32, format: Format) -> npt.NDArray[np.generic]:
-    """`rows` in the floating-point `format`, rounded to nearest even."""
-    import ml_dtypes  # noqa: PLC0415  (a build dependency; the planner imports this module without it)
+DENSE: Mapping[Format, np.dtype[np.generic]] = {
+    FP32: np.dtype(np.float32),
+    FP16: np.dtype(np.float16),
+    BF16: np.dtype(ml_dtypes.bfloat16),
+}
+"""Floating-point formats and the dtype of their values."""
 
-    types: dict[Format, npt.DTypeLike] = {FP32: np.float32, FP16: np.float16, BF16: ml_dtypes.bfloat16}
-    return rows.astype(types[format], copy=False)
+
+def dense_format(dtype: npt.DTypeLike) -> Format:
+    """The format whose values are of `dtype`."""
+    return next(format for format, found in DENSE.items() if found == dtype)
+
+
+def to_dense(rows: Float32, format: Format) -> npt.NDArray[np.generic]:
+    """`rows` in the floating-point `format`, rounded to nearest even; what is too large becomes infinite."""
+    with np.errstate(over="ignore"):
+        return rows.astype(DENSE[format], copy=False)

@@ -21,9 +21,8 @@ def stamp(model: ir.Model, layers: int) -> None:
     outputs of layer N carry `model.layers.N.` and `.N.` in their names.
     """
     graph = model.graph
-    entry = next(node for node in nodes_of(model, "Gather") if node.inputs[0] is graph.initializers[EMBEDDING]).outputs[
-        0
-    ]
+    gather = next(node for node in nodes_of(model, "Gather") if node.inputs[0] is graph.initializers[EMBEDDING])
+    entry = gather.outputs[0]
     final_norm = next(
         node
         for node in nodes_of(model, "RMSNormalization")
@@ -39,9 +38,9 @@ def stamp(model: ir.Model, layers: int) -> None:
     for layer in range(1, layers):
         copied = {entry: hidden}
         for part in _PARTS:
-            past = _layer_value(graph.inputs, past_name(0, part), layer, past_name(layer, part))
-            graph.inputs.append(past)
-            copied[_named(graph.inputs, past_name(0, part))] = past
+            first = _named(graph.inputs, past_name(0, part))
+            copied[first] = ir.Value(name=past_name(layer, part), shape=first.shape, type=first.type)
+            graph.inputs.append(copied[first])
         nodes = [_copy(node, layer, copied, graph) for node in body]
         graph.insert_after(anchor, nodes)
         anchor = nodes[-1]
@@ -128,8 +127,3 @@ def _renamed(name: str, layer: int) -> str:
 
 def _named(values: Sequence[ir.Value], name: str) -> ir.Value:
     return next(value for value in values if value.name == name)
-
-
-def _layer_value(values: Sequence[ir.Value], like: str, layer: int, name: str) -> ir.Value:
-    pattern = _named(values, like)
-    return ir.Value(name=name, shape=pattern.shape, type=pattern.type)

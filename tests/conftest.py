@@ -9,8 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from llama_export.installed import packages_by_extra
+from support.imported import imported_packages
 
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", action="store_true", help="only test files that import no package of the extra build")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if collection_path.suffix != ".py" or not config.getoption("device"):
+        return None
+    build_only = {"tomllib", *(package.name.replace("-", "_") for package in packages_by_extra()["build"])}
+    return True if imported_packages(collection_path) & build_only else None
 
 
 @pytest.fixture(scope="session")

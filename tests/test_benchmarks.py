@@ -88,6 +88,15 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_for_outputs_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = tmp_path / "not" / "there"
+    monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path), "--work", str(work), "--rounds", "0"])
+    monkeypatch.setattr(export, "row", lambda tool, runs: {})
+    monkeypatch.setattr(export, "markdown", lambda rows: "")
+    assert export.main() == 0
+    assert work.is_dir()
+
+
 @pytest.mark.parametrize("shape", [SHAPE, TIED], ids=["untied", "tied"])
 def test_gguf_holds_the_checkpoint_in_q4_0(tmp_path: Path, shape: Shape) -> None:
     folder = write(tmp_path / "random", shape)

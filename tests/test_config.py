@@ -33,6 +33,7 @@ BASE: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 5e5,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
@@ -171,6 +172,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown rope": ({"rope_scaling": {"type": "lama3"}}, r"'lama3' is unknown; .* Did you mean 'llama3'\?"),
     "rope without factor": ({"rope_scaling": {"type": "linear"}}, "rope parameters lack factor"),
     "rope factor": ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0, but a number above 0"),
+    "yarn text": ({"rope_scaling": YARN | {"attention_factor": "x"}}, "attention_factor is 'x', but a number above 0"),
+    "yarn negative": ({"rope_scaling": YARN | {"attention_factor": -1}}, "attention_factor is -1, but a number above"),
+    "yarn betas": (
+        {"rope_scaling": YARN | {"beta_fast": 0.5}},
+        "beta_slow is 1 and beta_fast is 0.5, but the first must be below the second",
+    ),
+    "llama3 factors": (
+        {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}},
+        "low_freq_factor is 4 and high_freq_factor is 4, but the first must be below the second",
+    ),
     "rope theta": ({"rope_theta": "big"}, "rope_theta is 'big', but a number above 1"),
     "rope no object": ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3', but an object is expected"),
     "partial": ({"partial_rotary_factor": 0.5}, "sets partial_rotary_factor, but a Llama rotates whole heads"),

@@ -367,6 +367,17 @@ def test_sentencepiece_needs_scores(tmp_path: Path, scores: object) -> None:
         converted(tmp_path, tokenizer="llama", vocab=400, metadata=metadata)
 
 
+def test_a_sentencepiece_token_without_bounds_is_refused(tmp_path: Path) -> None:
+    """Each of its splits is looked at: a token as long as a header may be would take days."""
+    metadata = {
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "a", "b" * 2000],
+        "tokenizer.ggml.scores": [0.0] * 5,
+        "tokenizer.ggml.token_type": [2, 3, 3, 1, 1],
+    }
+    with pytest.raises(LlamaExportError, match="a token has 2000 characters"):
+        converted(tmp_path, tokenizer="llama", vocab=400, metadata=metadata)
+
+
 SMOLLM2_IDS = [
     ("", []),
     ("Hello, world!", [19556, 28, 905, 17]),

@@ -16,27 +16,32 @@ from typing import Any
 import pytest
 from llama_export.errors import LlamaExportError, UsageError
 from llama_export.export.hub_errors import explain
-from llama_export.tests.support.gguf_models import write_llama_gguf
-from llama_export.tests.support.hf_models import write_llama_folder
-from llama_export.tests.support.hub_server import TOKEN, Cut, HubServer, Repo
+from support.gguf_models import write_llama_gguf
+from support.hf_models import write_llama_folder
+from support.hub_server import TOKEN, Cut, HubServer, Repo
 
 COMMIT = "c0ffee" + "0" * 34
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 CHILD = """
     import json, sys
+    from functools import partial
     from pathlib import Path
     from llama_export.errors import LlamaExportError
     from llama_export.export import hub
     from llama_export.export.source import open_source
+    from llama_export.progress import Silent
     hub._PAUSES = (0.01, 0.01, 0.01)
     options = json.loads(sys.argv[2])
+    progress = Silent()
+    progress.draws = options.pop("draws", False)
+    progress.warn = partial(print, "told:", file=sys.stderr)
     if "chunk" in options:  # huggingface_hub writes what has come in pieces of 10 MB
         import huggingface_hub.constants
         huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = options.pop("chunk")
     if "cache_dir" in options:
         options["cache_dir"] = Path(options["cache_dir"])
     try:
-        source = open_source(sys.argv[1], **options)
+        source = open_source(sys.argv[1], progress=progress, **options)
     except LlamaExportError as error:
         result = {"error": str(error), "exit_code": error.exit_code}
     else:
@@ -212,6 +217,20 @@ def test_a_cut_connection_is_resumed(hub: HubServer, client: Client, reset: bool
     assert starts == ([0, 0, 0] if reset else [0, 60_000, 120_000])
 
 
+@pytest.mark.parametrize("draws", [False, True])
+def test_bars_are_drawn_where_progress_draws(client: Client, draws: bool) -> None:
+    stderr = client.open(draws=draws)["stderr"]
+    assert ("model-00001" in stderr or "Fetching" in stderr) == draws
+    assert draws or stderr == ""
+
+
+def test_another_attempt_is_told_to_the_progress_and_nowhere_else(hub: HubServer, client: Client) -> None:
+    hub.cuts[SHARDS[1]] = [Cut(100, reset=True)]
+    stderr = client.open()["stderr"]
+    assert stderr.startswith("told: The download stopped (")
+    assert stderr.count("\n") == 1
+
+
 def test_a_connection_that_breaks_again_and_again(hub: HubServer, client: Client) -> None:
     hub.cuts[SHARDS[1]] = [Cut(100, reset=True)] * 4
     error = client.open()["error"]
@@ -240,7 +259,7 @@ def test_plain_http_where_xet_cannot_be_reached(hub: HubServer, client: Client, 
         assert asked == []
     elif importlib.util.find_spec("hf_xet"):
         assert asked
-        assert "The download stopped (Task error" in result["stderr"]
+        assert "told: The download stopped (Task error" in result["stderr"]
 
 
 def test_offline_with_and_without_the_cache(hub: HubServer, client: Client) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from llama_export.export.canonical import canonical
 from llama_export.export.trace import rotary_tables
 from llama_export.optimize.formats import PRECISIONS, plan_formats
@@ -66,6 +67,21 @@ def test_every_precision(precision: str, tied: bool, tmp_path: Path) -> None:
     expected = logits_of(with_stored_weights(model, tensors, formats), ids)
     graph = session(tmp_path / "model.onnx")
     assert np.abs(run_ort(graph, ids, (8, 9)) - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("variant", ["grouped", "biased", "head-dim-20"])
+def test_float16_activations(variant: str, precision: str, tmp_path: Path) -> None:
+    """What a GPU runs; the CPU's kernels take the same graph. Off by what float16 rounds, and by no more."""
+    model = llama(**VARIANTS[variant])
+    tensors = source_tensors(model)
+    graph = canonical(model.config, context=CONTEXT, dtype=torch.float16)
+    formats = lowered(graph, model.config, tensors, tmp_path, precision=precision)
+    ids = np.random.default_rng(2).integers(0, model.config.vocab_size, (2, 9))
+    expected = logits_of(with_stored_weights(model, tensors, formats, np.float16), ids)
+    found = run_ort(session(tmp_path / "model.onnx"), ids, (5, 8, 9))
+    assert found.dtype == np.float16
+    assert np.abs(found - expected).max() < 0.004 * np.abs(expected).max()
 
 
 def with_native_blocks(tensors: dict[str, SourceTensor], dtype: str) -> dict[str, SourceTensor]:

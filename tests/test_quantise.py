@@ -160,8 +160,15 @@ def test_unknown_precision_is_refused_with_the_nearest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("format", "expected"),
-    [(FP32, 4 * 3 * 40), (FP16, 2 * 3 * 40), (INT8, 6 * 36), (INT4, 6 * 20), (INT4_OFFSET, 6 * 24)],
+    ("format", "expected", "halved"),
+    [
+        (FP32, 4 * 3 * 40, 4 * 3 * 40),
+        (FP16, 2 * 3 * 40, 2 * 3 * 40),
+        (INT8, 6 * 36, 6 * 34),
+        (INT4, 6 * 20, 6 * 18),
+        (INT4_OFFSET, 6 * 24, 6 * 20),
+    ],
 )
-def test_stored_bytes(format: object, expected: int) -> None:
+def test_stored_bytes(format: object, expected: int, halved: int) -> None:
     assert stored_bytes((3, 40), format) == expected  # 40 columns are two blocks
+    assert stored_bytes((3, 40), format, 2) == halved

@@ -85,10 +85,12 @@ def test_scales_are_those_that_survive_in_float16() -> None:
 
 def test_the_model_given_is_left_as_it_is() -> None:
     model = llama()
+    model.config._attn_implementation = "eager"
     before = model.config.to_dict()
     tensors = source_tensors(model)
     ExactModel(model.config, tensors, plan_formats(tensors, "fp32"), np.float32).logits([[1, 2]], Silent())
     assert model.config.to_dict() == before
+    assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -19,8 +19,8 @@ import pytest
 from llama_export.errors import LlamaExportError
 from llama_export.export import safetensors_file
 from llama_export.export.safetensors_file import INDEX, open_file, open_safetensors
-from llama_export.tests.support.hf_models import write_json
 from safetensors.numpy import save_file
+from support.hf_models import write_json
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -214,9 +214,9 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "adapter": (only("adapter_model.safetensors"), "holds a LoRA adapter and no model"),
     "gguf": (only("tiny.gguf"), r"name the file, such as .*/tiny\.gguf"),
     "nothing": (only("config.json"), "holds no weights; expected model.safetensors"),
-    "index not JSON": (text(INDEX, "{"), "its JSON cannot be read"),
-    "index not an object": (text(INDEX, "[1]"), "its JSON is no object"),
-    "index too deep": (text(INDEX, "[" * 100_000), "its JSON cannot be read"),
+    "index not JSON": (text(INDEX, "{"), "is no valid JSON"),
+    "index not an object": (text(INDEX, "[1]"), "does not hold one JSON object"),
+    "index too deep": (text(INDEX, "[" * 100_000), "is no valid JSON"),
     "no weight_map": (text(INDEX, '{"weight_map": ["a"]}'), "has no weight_map from tensors to files"),
     "weight_map of numbers": (text(INDEX, '{"weight_map": {"a": 1}}'), "has no weight_map from tensors to files"),
     "name twice": (text(INDEX, '{"weight_map": {"a": "x", "a": "y"}}'), "a name stands there twice"),
@@ -259,10 +259,10 @@ FILES: dict[str, tuple[bytes, str]] = {
         raw({"a": entry("F32", [1], 0, 4)}, bytes(5)),
         "has 66 bytes where its header describes 65|has .* where",
     ),
-    "huge header": (raw({}, length=1 << 62), "its header would have 4611686018427387904 bytes"),
-    "not JSON": (raw(b"{]"), "its JSON cannot be read"),
-    "not UTF-8": (raw(b'{"\xff": 1}'), "its JSON cannot be read"),
-    "not an object": (raw([1]), "its JSON is no object"),
+    "huge header": (raw({}, length=1 << 62), "its header would have 4,611,686,018 GB"),
+    "not JSON": (raw(b"{]"), "is no valid JSON"),
+    "not UTF-8": (raw(b'{"\xff": 1}'), "is no valid JSON"),
+    "not an object": (raw([1]), "does not hold one JSON object"),
     "entry no object": (raw({"a": 1}), "its header describes a wrongly"),
     "no dtype": (raw({"a": {"shape": [1], "data_offsets": [0, 4]}}, bytes(4)), "describes a wrongly"),
     "negative shape": (raw({"a": entry("F32", [-1, -1], 0, 4)}, bytes(4)), "describes a wrongly"),
@@ -274,7 +274,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     ),
     "huge number": (
         raw(b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 4]}}'),
-        "read|wrong",
+        "is no valid JSON",
     ),
     "offsets backwards": (raw({"a": entry("F32", [0], 4, 0)}, bytes(4)), "a has -4 bytes"),
     "offsets of one": (raw({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4]}}, bytes(4)), "a wrongly"),

@@ -12,9 +12,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from llama_export.errors import LlamaExportError, UsageError
+from llama_export.export import token_ids as token_ids_module
 from llama_export.export.source import open_source
 from llama_export.export.token_ids import TokenIds, token_ids
-from llama_export.tests.support.hf_models import (
+from safetensors.numpy import load_file, save_file
+from support.hf_models import (
     CHAT_TEMPLATE,
     EOS,
     TURN,
@@ -23,7 +25,6 @@ from llama_export.tests.support.hf_models import (
     write_llama_folder,
     write_weights,
 )
-from safetensors.numpy import load_file, save_file
 
 
 def change(path: Path, **values: Any) -> None:
@@ -95,6 +96,8 @@ def test_a_chat_template_inside_of_the_tokenizers_settings(folder: Path) -> None
     named = [{"name": "tool_use", "template": "two"}, {"name": "default", "template": "three"}]
     change(folder / "tokenizer_config.json", chat_template=named)
     assert open_source(str(folder)).content("chat_template.jinja") == b"three"
+    change(folder / "tokenizer_config.json", chat_template=[{"name": ["a"], "template": "no"}, "no", *named])
+    assert open_source(str(folder)).content("chat_template.jinja") == b"three"
     change(folder / "tokenizer_config.json", chat_template=named[:1])
     write_json(folder / "chat_template.json", {"chat_template": "four"})
     assert open_source(str(folder)).content("chat_template.jinja") == b"four"
@@ -117,6 +120,21 @@ def test_the_licence_and_its_files(folder: Path) -> None:
     (folder / "LICENSE").unlink()
     (folder / "license-extra.txt").unlink()
     assert open_source(str(folder)).licence is None
+
+
+@pytest.mark.parametrize("name", ["LICENSE.a:b", "NOTICE-\udcff"])
+def test_licence_files_that_no_bundle_can_hold_are_told_at_once(folder: Path, name: str) -> None:
+    (folder / name).write_text("text")
+    with pytest.raises(LlamaExportError, match="not every system can name a file so; rename it") as caught:
+        open_source(str(folder))
+    str(caught.value).encode()
+
+
+def test_the_tokenizer_is_read_once_for_its_ids(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(str(folder))
+    monkeypatch.setattr(token_ids_module, "_tokenizer", None)
+    assert source.tokens.eos == (1, 2)
+    assert source.shape.layers == 3
 
 
 def remove(*names: str) -> Callable[[Path], None]:

@@ -10,10 +10,9 @@ import pytest
 from llama_export.errors import LlamaExportError, UsageError
 from llama_export.runtime.bundle import Tokens
 from llama_export.runtime.text import StopStrings, StreamDecoder, Tokenizer
+from support.tiny_bundle import BOS, SPECIAL, byte_tokenizer
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Inner
-
-from .support.tiny_bundle import BOS, SPECIAL, byte_tokenizer
 
 NATURAL = "Größe 東京 Привет 🙂👩‍👩‍👧 नमस्ते  two spaces\n\ttab � end"
 

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import re
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from llama_export.errors import LlamaExportError
 from llama_export.export.canonical import canonical
+from llama_export.export.config import llama_config
+from llama_export.export.source import open_source
 from llama_export.export.trace import rotary_tables
-from llama_export.export.write import lay_out, placements, write_data
+from llama_export.export.write import _STEP, lay_out, placements, write_data
 from llama_export.optimize.formats import plan_formats
 from llama_export.optimize.ort import OrtOptions, lower
-from llama_export.optimize.quantise import dequantise, quantise
+from llama_export.optimize.quantise import dequantise, quantise, stored_values
 from llama_export.optimize.tensors import SourceTensor
 from llama_export.progress import Silent
+from support.gguf_models import write_llama_gguf
 from support.graphs import llama, lowered, source_tensors
 
 CONTEXT = 64
+STEP_BYTES = 4 * _STEP
 
 
 def test_bytes_lie_where_the_graph_says(tmp_path: Path) -> None:
@@ -87,8 +94,8 @@ def test_a_1b_llama_in_int4_stays_below_810_mb() -> None:
     assert 770e6 < lay_out(graph).size < 810e6
 
 
-def lowered_graph(model: object, precision: str = "int4") -> object:
-    graph = canonical(model.config, context=CONTEXT)
+def lowered_graph(model: object, precision: str = "int4", activations: torch.dtype = torch.float32) -> object:
+    graph = canonical(model.config, context=CONTEXT, dtype=activations)
     formats = plan_formats(source_tensors(model), precision)
     lower(graph, OrtOptions(formats, rotary_tables(model.config, CONTEXT), 0))
     return graph
@@ -104,24 +111,100 @@ def test_weights_that_are_no_numbers_are_told_by_name(bad: float, precision: str
         write_data(graph, lay_out(graph), source_tensors(model), tmp_path, Silent(), threads=2)
 
 
-def test_rows_are_read_in_steps_and_forgotten(tmp_path: Path) -> None:
-    """Of a matrix of 40 MB no more than the steps of two threads, and one waiting, are ever asked for at once."""
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("precision", ["int4", "fp16"])
+def test_rows_are_read_in_steps_and_forgotten(precision: str, threads: int, tmp_path: Path) -> None:
+    """Of a matrix of 40 MB each thread holds the rows of one step; those of a step that is done are freed."""
     model = llama(vocab_size=80000, num_hidden_layers=1)
-    largest, lock = [0], threading.Lock()
+    held, most, lock = [0], [0], threading.RLock()
+
+    def count(size: int) -> None:
+        with lock:
+            held[0] += size
+            most[0] = max(most[0], held[0])
 
     def watched(tensor: SourceTensor) -> SourceTensor:
         def read(start: int, stop: int) -> np.ndarray:
-            rows = tensor.read(start, stop)
-            with lock:
-                largest[0] = max(largest[0], rows.nbytes)
+            rows = tensor.read(start, stop).copy()
+            count(rows.nbytes)
+            weakref.finalize(rows, count, -rows.nbytes)
             return rows
 
         return SourceTensor(tensor.name, tensor.shape, tensor.dtype, read)
 
-    graph = lowered_graph(model)
+    graph = lowered_graph(model, precision)
     tensors = {name: watched(tensor) for name, tensor in source_tensors(model).items()}
-    write_data(graph, lay_out(graph), tensors, tmp_path, Silent(), threads=2)
-    assert 0 < largest[0] <= 8 << 20
+    write_data(graph, lay_out(graph), tensors, tmp_path, Silent(), threads=threads)
+    assert held[0] == 0
+    assert STEP_BYTES <= most[0] <= threads * STEP_BYTES
+
+
+class Told(Silent):
+    """Keeps what it is warned of."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+LARGE = {
+    "a matrix in fp16": ("model.layers.1.mlp.up_proj.weight", "fp16", torch.float32, 7e4),
+    "a matrix in fp32, cast where it is read": ("model.layers.1.mlp.up_proj.weight", "fp32", torch.float16, 7e4),
+    "scales": ("model.layers.1.mlp.up_proj.weight", "int4", torch.float16, 1e6),
+    "a vector": ("model.layers.1.input_layernorm.weight", "int4", torch.float16, -7e4),
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+@pytest.mark.filterwarnings("error")
+def test_numbers_beyond_float16_are_told_by_name(case: str, tmp_path: Path) -> None:
+    name, precision, activations, value = LARGE[case]
+    model = llama()
+    model.state_dict()[name].view(-1)[5] = value
+    graph = lowered_graph(model, precision, activations)
+    with pytest.raises(LlamaExportError, match=rf"{re.escape(name)} holds numbers .* that do not fit float16.* -t cpu"):
+        write_data(graph, lay_out(graph), source_tensors(model), tmp_path, Silent(), threads=2)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_largest_number_of_float16_fits(tmp_path: Path) -> None:
+    model = llama()
+    model.state_dict()["model.layers.1.mlp.up_proj.weight"][5, 7] = 65519.0  # rounds to 65504
+    graph = lowered_graph(model, "fp16", torch.float16)
+    write_data(graph, lay_out(graph), source_tensors(model), tmp_path, Silent(), threads=2)
+
+
+def large_offsets(folder: Path, scale: float) -> Path:
+    """A GGUF file in Q4_1 of which three blocks lie far from 0."""
+    rows = np.random.default_rng(0).standard_normal((96, 64)).astype(np.float32) / 20
+    rows[[3, 50, 95], 32:] = scale + rows[[3, 50, 95], 32:] / 50
+    return write_llama_gguf(folder / "m.gguf", types="Q4_1", tensors={"blk.1.ffn_up.weight": rows})
+
+
+@pytest.mark.parametrize(
+    ("scale", "activations", "tensors"),
+    [(0.5, torch.float32, 0), (3000.0, torch.float32, 1), (0.5, torch.float16, 1)],
+)
+def test_blocks_that_are_not_kept_exactly_are_told(
+    scale: float, activations: torch.dtype, tensors: int, tmp_path: Path
+) -> None:
+    source, heard = open_source(str(large_offsets(tmp_path, scale))), Told()
+    config, formats = llama_config(source.config), plan_formats(source.tensors, None)
+    graph = canonical(config, context=CONTEXT, dtype=activations)
+    lower(graph, OrtOptions(formats, rotary_tables(config, CONTEXT), 0))
+    write_data(graph, lay_out(graph), source.tensors, tmp_path, heard, threads=2)
+
+    differing = {}
+    for name, tensor in source.tensors.items():
+        if tensor.blocks is not None:
+            dtype = "float16" if activations == torch.float16 else "float32"
+            kept = stored_values(tensor, formats[name], 0, tensor.shape[0], dtype)
+            differing[name] = (kept != tensor.read(0, tensor.shape[0])).reshape(-1, 32).any(axis=1).sum()
+    told = [int(word) for warning in heard.warnings for word in warning.split() if word.isdigit()]
+    assert sum(count > 0 for count in differing.values()) == tensors
+    assert told == [count for count in differing.values() if count]
 
 
 def test_progress_ends_at_the_whole(tmp_path: Path) -> None:

@@ -55,22 +55,15 @@ def _lengths(model: ir.Model) -> tuple[ir.Value, ir.Value]:
 
 def _lower(attention: ir.Node, lengths: list[ir.Value], tables: list[ir.Value], positions: ir.Value | None) -> None:
     """positions: of the new tokens where they are rotated outside of GroupQueryAttention, else None."""
-    query, keys, values, _ = attention.inputs
-    scatters = [_expect(value, "TensorScatter") for value in (keys, values)]
-    flat = [
-        _flat(_expect(query, "RotaryEmbedding").inputs[0]),
-        _flat(_expect(scatters[0].inputs[1], "RotaryEmbedding").inputs[0]),
-        _flat(scatters[1].inputs[1]),
-    ]
+    scatters = [_expect(value, "TensorScatter") for value in attention.inputs[1:3]]
     pasts = [scatter.inputs[0] for scatter in scatters]
-    presents = [scatter.outputs[0] for scatter in scatters]
     (heads, head_dim), (kv_heads, _) = _heads(attention.outputs[0]), _heads(pasts[0])
     graph, record = attention.graph, Recorder(str(attention.name).removesuffix("/Attention"))
     assert graph is not None
+    flat = _projections(attention, scatters)
     if positions is not None:
-        flat = [record.contrib("RotaryEmbedding", one, positions, *tables, interleaved=0) for one in flat[:2]] + flat[
-            2:
-        ]
+        rotated = [record.contrib("RotaryEmbedding", one, positions, *tables, interleaved=0) for one in flat[:2]]
+        flat = [*rotated, flat[2]]
     if cache_head_dim(head_dim) != head_dim:
         flat = [resized(graph, record, one, head_dim, cache_head_dim(head_dim)) for one in flat]
     lowered = ir.node(
@@ -90,14 +83,26 @@ def _lower(attention: ir.Node, lengths: list[ir.Value], tables: list[ir.Value], 
     lowered.outputs[0].name = lowered.name
     graph.insert_before(attention, [*record.nodes, lowered])
     _replace_merged(graph, attention, lowered.outputs[0], head_dim)
-    cached = cache_head_dim(head_dim)
-    for past, present, new in zip(pasts, presents, lowered.outputs[1:], strict=True):
-        assert past is not None
-        past.shape = ir.Shape(["batch", kv_heads, "past_sequence", cached])
-        new.name, new.type = present.name, past.type
-        new.shape = ir.Shape(["batch", kv_heads, "total_sequence", cached])
-        graph.outputs[list(graph.outputs).index(present)] = new
-        present.name = f"{present.name}/replaced"
+    for scatter, new in zip(scatters, lowered.outputs[1:], strict=True):
+        _replace_cache(graph, scatter, new, kv_heads, cache_head_dim(head_dim))
+
+
+def _projections(attention: ir.Node, scatters: list[ir.Node]) -> list[ir.Value]:
+    """Queries, keys and values before heads are told apart and rotated."""
+    rotated = (attention.inputs[0], scatters[0].inputs[1])
+    unrotated = [_expect(value, "RotaryEmbedding").inputs[0] for value in rotated]
+    return [_flat(value) for value in (*unrotated, scatters[1].inputs[1])]
+
+
+def _replace_cache(graph: ir.Graph, scatter: ir.Node, new: ir.Value, kv_heads: int, head_dim: int) -> None:
+    """Make `new`, instead of the scattered buffer, the output; the buffer that comes in is as long as the caller's."""
+    past, present = scatter.inputs[0], scatter.outputs[0]
+    assert past is not None
+    past.shape = ir.Shape(["batch", kv_heads, "past_sequence", head_dim])
+    new.name, new.type = present.name, past.type
+    new.shape = ir.Shape(["batch", kv_heads, "total_sequence", head_dim])
+    graph.outputs[list(graph.outputs).index(present)] = new
+    present.name = f"{present.name}/replaced"
 
 
 def _replace_merged(graph: ir.Graph, attention: ir.Node, new: ir.Value, head_dim: int) -> None:

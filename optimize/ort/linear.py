@@ -8,11 +8,10 @@ import onnx_ir as ir
 
 from ..formats import Format
 from ..graph import Recorder, ints, sizes_of
+from ..quantise import DENSE
 from ..stored import Stored, parts_of, store
 from ..tensors import BLOCK
 from .pack_linears import Linear, linears_of
-
-_DENSE = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
 def lower_linears(model: ir.Model, formats: Mapping[str, Format], accuracy_level: int) -> None:
@@ -77,4 +76,6 @@ def dense_weight(graph: ir.Graph, record: Recorder, weight: ir.Value, format: Fo
 def dense_values(graph: ir.Graph, weight: ir.Value, format: Format) -> ir.Value:
     """The weight as it is stored in the floating-point `format`."""
     content = Stored(parts_of(weight), format, "values")
-    return store(graph, f"{weight.name}.{format.name}", sizes_of(weight), _DENSE[format.name], content)
+    return store(
+        graph, f"{weight.name}.{format.name}", sizes_of(weight), ir.DataType.from_numpy(DENSE[format]), content
+    )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
 import torch
@@ -95,13 +96,16 @@ def source_tensors(model: LlamaForCausalLM, dtype: str = "F32") -> dict[str, Sou
 
 
 def with_stored_weights(
-    model: LlamaForCausalLM, tensors: Mapping[str, SourceTensor], formats: Mapping[str, Format]
+    model: LlamaForCausalLM,
+    tensors: Mapping[str, SourceTensor],
+    formats: Mapping[str, Format],
+    scale_dtype: npt.DTypeLike = np.float32,
 ) -> LlamaForCausalLM:
-    """The same model computing with the values that a bundle stores."""
+    """The same model computing with the values that a bundle stores, in float32."""
     twin = LlamaForCausalLM(model.config).eval()
     state = {
         name: torch.from_numpy(
-            np.ascontiguousarray(stored_values(tensor, formats[name], 0, tensor.shape[0], np.float32))
+            np.ascontiguousarray(stored_values(tensor, formats[name], 0, tensor.shape[0], scale_dtype))
         )
         for name, tensor in tensors.items()
     }
@@ -136,10 +140,13 @@ def session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(path), options)
 
 
+_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
 def run_ort(model: onnxruntime.InferenceSession, ids: np.ndarray, cuts: Sequence[int]) -> np.ndarray:
     """The logits of an `ort` graph over pieces of `ids` that end at `cuts`, the cache handed on."""
     past = {
-        value.name: np.zeros((len(ids), value.shape[1], 0, value.shape[3]), np.float32)
+        value.name: np.zeros((len(ids), value.shape[1], 0, value.shape[3]), _NUMPY[value.type])
         for value in model.get_inputs()
         if value.name.startswith("past_key_values")
     }

@@ -1,0 +1,58 @@
+"""Builds whose target, place or tools are not those of a plain build for the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from llama_export import cli, pipeline
+from llama_export.optimize.formats import PRECISIONS
+from llama_export.pipeline import BuildOptions, build, tool_versions
+from llama_export.progress import Silent
+from llama_export.runtime.bundle import open_bundle
+from llama_export.runtime.verify import verify
+from support.hf_models import write_llama_folder
+
+
+@pytest.mark.parametrize("precision", ["int4", "fp16"])
+def test_a_bundle_for_cuda_computes_what_pytorch_does(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float16, on the CPU's kernels: the graph is the same."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    checkpoint = write_llama_folder(tmp_path / "llama", attention_bias=True)
+    build(BuildOptions(model=str(checkpoint), target="cuda", output=tmp_path / "bundle", precision=precision))
+    file = tmp_path / "bundle" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    assert manifest["shape"]["cache_dtype"] == "float16"
+    assert manifest["providers"][0] == "CUDAExecutionProvider"
+    file.write_text(json.dumps(manifest | {"providers": ["CPUExecutionProvider"]}))
+    verdict = verify(open_bundle(tmp_path / "bundle"), check_hashes=True, threads=2, progress=Silent())
+    assert verdict.passed, verdict.lines()
+
+
+def test_the_disk_that_is_asked_is_that_of_the_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class AskedError(Exception):
+        pass
+
+    def require_space(path: Path, size: int) -> None:
+        raise AskedError(path)
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(pipeline, "require_space", require_space)
+    checkpoint = write_llama_folder(tmp_path / "llama")
+    with pytest.raises(AskedError) as caught:
+        build(BuildOptions(model=str(checkpoint), target="cpu", output=Path("~/out/bundle")))
+    assert caught.value.args == (tmp_path / "out",)
+
+
+def test_the_tools_are_those_that_are_here() -> None:
+    versions = tool_versions()
+    assert {"llama-export", "python", "torch", "gguf"} <= versions.keys()
+    assert {"onnxruntime", "onnxruntime-gpu"} & versions.keys()
+
+
+def test_the_command_line_knows_every_precision() -> None:
+    """It keeps a list of its own, since importing the formats takes a device's time."""
+    assert tuple(cli.PRECISIONS) == tuple(PRECISIONS)
