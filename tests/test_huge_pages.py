@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import re
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +38,9 @@ def test_memory_keeps_its_content_and_refusing_memory_stays_as_it_is() -> None:
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         sparse.madvise(mmap.MADV_NOHUGEPAGE)
     values = np.frombuffer(memory, np.uint32)
-    values[:] = np.arange(values.size)
     before = huge_kilobytes()
-    huge_pages.gather()
+    with huge_pages.gathering():
+        values[:] = np.arange(values.size)
     assert (values == np.arange(values.size)).all()
     gained = huge_kilobytes() - before
     release = tuple(int(part) for part in re.findall(r"\d+", Path("/proc/sys/kernel/osrelease").read_text())[:2])
@@ -49,9 +50,7 @@ def test_memory_keeps_its_content_and_refusing_memory_stays_as_it_is() -> None:
     assert 16 * 1024 < gained < 512 * 1024
 
 
-def test_the_thread_ends_by_itself() -> None:
-    thread = huge_pages.gather_in_background()
-    if thread is None:
-        pytest.skip("huge pages are gathered on Linux alone")
-    thread.join(timeout=60)
-    assert not thread.is_alive()
+def test_nothing_is_left_running_also_after_an_error() -> None:
+    with pytest.raises(ValueError, match="loading failed"), huge_pages.gathering():
+        raise ValueError("loading failed")
+    assert "huge pages" not in {thread.name for thread in threading.enumerate()}
