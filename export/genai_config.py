@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from ..runtime.bundle import GRAPH_FILE
 from .config import LlamaShape
 
 SAMPLING_DEFAULTS: Mapping[str, Any] = {
@@ -68,7 +69,7 @@ def genai_config(
     }
     decoder = {
         "session_options": options,
-        "filename": "model.onnx",
+        "filename": GRAPH_FILE,
         "head_size": shape.head_dim,
         "hidden_size": shape.hidden,
         "num_attention_heads": shape.heads,

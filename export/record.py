@@ -15,7 +15,7 @@ from ..optimize.quantise import dense_format
 from ..optimize.tensors import Float32
 from ..progress import Progress
 from ..runtime.batch import BatchReplay
-from ..runtime.bundle import Bundle, Manifest
+from ..runtime.bundle import GRAPH_FILE, Bundle, Manifest
 from ..runtime.onnx_file import with_accuracy_level
 from ..runtime.reference import SCHEMA_VERSION, Index, Logits, Prompt, Reference, WeightRecord, compress, fingerprint
 from ..runtime.threads import physical_cores
@@ -93,7 +93,7 @@ def _prompts(source: Source, manifest: Manifest) -> dict[str, list[int]]:
 
 def _propose(prompts: Mapping[str, Sequence[int]], folder: Path, manifest: Manifest) -> dict[str, list[int]]:
     """Each prompt with the greedy continuation that the exported graph gives in full precision."""
-    graph = with_accuracy_level((folder / "model.onnx").read_bytes(), 0)
+    graph = with_accuracy_level((folder / GRAPH_FILE).read_bytes(), 0)
     bundle = Bundle(folder, manifest, manifest_sha256="")
     replay = BatchReplay(bundle, len(prompts), model=graph, threads=physical_cores())
     ids = np.array(list(prompts.values()), np.int64)

@@ -20,9 +20,9 @@ from ..optimize.quantise import blocks_of, pack, round_scales, to_dense
 from ..optimize.stored import Role, Stored, stored_of
 from ..optimize.tensors import SourceTensor
 from ..progress import Progress
+from ..runtime.bundle import DATA_FILE, GRAPH_FILE
 from .gguf_blocks import inexact_blocks
 
-DATA_FILE = "model.onnx.data"
 _STEP = 1 << 19
 """Values that one thread converts at a time: 2 MB in float32, so that the temporaries stay in the processor's cache."""
 _INLINE = 1024
@@ -89,7 +89,7 @@ def refer(model: ir.Model, layout: Layout, folder: Path) -> None:
             value.const_value = ir.ExternalTensor(
                 DATA_FILE, region.offset, region.size, value.dtype, shape=value.shape, name=name, base_dir=folder
             )
-    ir.save(model, folder / "model.onnx")
+    ir.save(model, folder / GRAPH_FILE)
 
 
 def write_data(

@@ -67,6 +67,7 @@ def test_the_shape_is_read() -> None:
 
 
 def test_defaults_are_those_of_transformers() -> None:
+    pytest.importorskip("transformers")
     small = config(num_key_value_heads=None, head_dim=None, max_position_embeddings=None, rms_norm_eps=None)
     shape, theirs = LlamaShape.from_config(small), llama_config(small)
     assert (shape.kv_heads, shape.head_dim) == (theirs.num_key_value_heads, theirs.head_dim) == (6, 10)
