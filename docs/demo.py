@@ -13,6 +13,9 @@ from typing import Any
 from llama_export.tables import size
 
 QUESTION = "What is the capital of France?"
+SYSTEM = "You answer questions about geography."
+"""Alone, the question leaves two first words 0.08 of a logit apart: the noise of int8 kernels decides. With it: 0.8."""
+
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -25,7 +28,9 @@ def main() -> None:
         command("build", "-m", str(checkpoint()), "-t", "cpu", "-o", str(bundle))
     verdict_file = bundle.with_name(f"{bundle.name}-verify.json")
     command("verify", str(bundle), "--json", str(verdict_file))
-    answer = json.loads(command("run", str(bundle), QUESTION, "--chat", "--temperature", "0", "--json"))
+    answer = json.loads(
+        command("run", str(bundle), QUESTION, "--chat", "--system", SYSTEM, "--temperature", "0", "--json")
+    )
     described = json.loads(command("inspect", str(bundle), "--json"))
     print("\n".join(summary(described, json.loads(verdict_file.read_bytes()), answer)))
 
