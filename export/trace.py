@@ -27,7 +27,6 @@ from ..optimize.tensors import Float32
 
 OPSET = 24
 _ATTENTION = "llama_export_onnx"
-_POSITIONS = 4096
 
 
 class _OnnxCache:
@@ -133,16 +132,15 @@ def trace(config: LlamaConfig, *, context: int, layers: int = 1, dtype: torch.dt
 
 
 def rotary_tables(config: LlamaConfig, context: int) -> tuple[Float32, Float32]:
-    """cos and sin of every position's angles [context, head_dim / 2], computed by transformers a few positions at a
-    time.
+    """cos and sin of every position's angles, float32 [context, head_dim / 2].
+
+    Frequencies and their factor are transformers' own, and so are the angles, products in float32; NumPy's cos and sin
+    of them lie within a unit in the last place of torch's.
     """
-    embedding, half = LlamaRotaryEmbedding(config), config.head_dim // 2
-    cos, sin = (np.empty((context, half), np.float32) for _ in range(2))
-    for start in range(0, context, _POSITIONS):
-        positions = torch.arange(start, min(context, start + _POSITIONS))[None]
-        for table, both_halves in zip((cos, sin), embedding(torch.empty(0), positions), strict=True):
-            table[start : start + _POSITIONS] = both_halves[0, :, :half].numpy()
-    return cos, sin
+    embedding = LlamaRotaryEmbedding(config)
+    frequencies, factor = embedding.inv_freq.float().numpy(), np.float32(embedding.attention_scaling)
+    angles = np.arange(context, dtype=np.float32)[:, None] * frequencies
+    return np.cos(angles) * factor, np.sin(angles) * factor
 
 
 def _example(
