@@ -88,6 +88,10 @@ class Group(click.Group):
         super().__init__(*args, **kwargs)
         self.params.append(_debug_option())
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        _open_missing_streams()
+        return super().main(*args, **kwargs)
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -119,6 +123,13 @@ class Group(click.Group):
             if ctx.meta.get(_DEBUG):
                 traceback.print_exc()
             raise Interrupted from None
+
+
+def _open_missing_streams() -> None:
+    """Python has None for a stream that the shell closed (`>&-`), and much of what prints does not expect that."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 (for good)
 
 
 def _fail(ctx: click.Context, message: str, code: int) -> NoReturn:

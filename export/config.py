@@ -66,7 +66,7 @@ _PASSED = {
     ),
     *("vocab_size", "max_position_embeddings", "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias"),
     *("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings", "tie_word_embeddings"),
-    *("attention_dropout", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("attention_dropout", "initializer_range"),
 }
 """Keys that transformers gets to see: those of a Llama's mathematics, none by which a config.json chooses code."""
 
@@ -111,7 +111,7 @@ class LlamaShape:
             vocab=_count(config, "vocab_size"),
             max_positions=_count(config, "max_position_embeddings", default=2048),
             tied=_flag(config, "tie_word_embeddings"),
-            rms_norm_eps=_number(config, "rms_norm_eps", default=1e-6, least=0.0),
+            rms_norm_eps=_number(config, "rms_norm_eps", default=1e-6, least=1e-13),
             attention_bias=_flag(config, "attention_bias"),
             mlp_bias=_flag(config, "mlp_bias"),
         )

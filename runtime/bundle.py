@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,17 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 GRAPH_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 """The graph, and next to it its weights."""
+USED_FILES = (
+    GRAPH_FILE,
+    DATA_FILE,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "reference/reference.json",
+    "reference/logits.npz",
+)
+"""What the runtime reads where it is there, so the manifest has to know it."""
+
 DIALECTS = ("ort", "trt", "trt-primitive")
 CACHE_DTYPES = ("float32", "float16")
 CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -231,7 +243,21 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     bundle = Bundle(folder.resolve(), Manifest.from_json(data), hashlib.sha256(data).hexdigest())
     for name in (MANIFEST, *bundle.manifest.files):
         refuse_escape(bundle.path, name)
+        _refuse_device(bundle.path / name)
+    for name in USED_FILES:
+        if name not in bundle.manifest.files and os.path.lexists(bundle.path / name):
+            raise LlamaExportError(
+                f"{bundle.path / name} is not in the bundle's {MANIFEST}, so nothing vouches for it; "
+                "copy the bundle again."
+            )
     return bundle
+
+
+def _refuse_device(path: Path) -> None:
+    """A pipe or a device would never end; a file that is missing is told of where it is needed."""
+    with contextlib.suppress(OSError):
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise LlamaExportError(f"{path} is not a plain file; copy the bundle again.")
 
 
 def refuse_escape(folder: Path, name: str) -> None:

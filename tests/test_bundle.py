@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from llama_export.errors import LlamaExportError, UsageError
 from llama_export.runtime.bundle import FileRecord, Limits, Manifest, Tokens, is_safe_name, open_bundle, seal
 from llama_export.runtime.hashes import check_files
 from llama_export.runtime.hashing import sha256_of
-from support.tiny_bundle import TinyLlama, manifest_for
+from support.tiny_bundle import TinyLlama, manifest_for, write_bundle
 
 MANIFEST = manifest_for(TinyLlama({}))
 
@@ -184,3 +185,24 @@ def test_a_manifest_in_python_is_checked_too() -> None:
         dataclasses.replace(MANIFEST, limits=Limits(0))
     with pytest.raises(LlamaExportError, match=r"tokens\.pad"):
         dataclasses.replace(MANIFEST, tokens=Tokens(None, (), 9999, add_bos=False))
+
+
+@pytest.mark.parametrize("name", ["model.onnx.data", "chat_template.jinja", "reference/reference.json"])
+def test_a_file_that_nothing_vouches_for_is_refused(name: str, tmp_path: Path) -> None:
+    """Unlisted, it would escape the hashes and the look for links that lead out."""
+    folder = write_bundle(tmp_path / "bundle").path
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    manifest["files"].pop(name, None)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"x")
+    with pytest.raises(LlamaExportError, match=f"{name} is not in the bundle's manifest"):
+        open_bundle(folder)
+
+
+def test_a_pipe_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "bundle").path
+    (folder / "model.onnx").unlink()
+    os.mkfifo(folder / "model.onnx")
+    with pytest.raises(LlamaExportError, match=r"model\.onnx is not a plain file"):
+        open_bundle(folder)

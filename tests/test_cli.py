@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 from llama_export import __version__, cli
-from llama_export.cli_support import Group
+from llama_export.cli_support import Group, need_build_machine
 from llama_export.errors import LlamaExportError, UsageError
 from llama_export.progress import Progress
 
@@ -133,9 +134,10 @@ def test_machines_that_cannot_build_are_told_so(
 ) -> None:
     monkeypatch.setattr("llama_export.cli_support.os", SimpleNamespace(name=system))
     monkeypatch.setattr("llama_export.cli_support.sys", SimpleNamespace(version_info=version))
-    result = call("build", "-m", "m", "-t", "cpu", "-o", "out")
-    assert result.exit_code == 1
-    assert result.stderr.startswith("Error: Building needs Linux or macOS and Python 3.11 or newer, but this is ")
+    with pytest.raises(
+        LlamaExportError, match=r"Building needs Linux or macOS and Python 3\.11 or newer, but this is "
+    ):
+        need_build_machine()
 
 
 def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,3 +280,11 @@ def test_threads_have_one_range(command: str, threads: str) -> None:
     result = call(command, "bundle", "--threads", threads)
     assert result.exit_code == 2
     assert "is not in the range 1<=x<=1024" in result.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_stream_that_the_shell_closed(closed: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m llama_export targets {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr

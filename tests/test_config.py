@@ -163,7 +163,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "boolean": ({"vocab_size": True}, "vocab_size is True, but a whole number"),
     "fraction": ({"vocab_size": 77.5}, "vocab_size is 77.5, but a whole number"),
     "absurd": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, but a whole number from 1 to 1024"),
-    "epsilon": ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, but a number above 0"),
+    "epsilon": ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, but a number above 1e-13"),
     "tied": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', but true or false"),
     "dynamic": (
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
