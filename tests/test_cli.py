@@ -135,7 +135,7 @@ def test_machines_that_cannot_build_are_told_so(
     monkeypatch.setattr("llama_export.cli_support.os", SimpleNamespace(name=system))
     monkeypatch.setattr("llama_export.cli_support.sys", SimpleNamespace(version_info=version))
     with pytest.raises(
-        LlamaExportError, match=r"Building needs Linux or macOS and Python 3\.11 or newer, but this is "
+        LlamaExportError, match=r"needs Linux or macOS and Python 3\.11 or newer, but this is "
     ):
         need_build_machine()
 
