@@ -134,9 +134,7 @@ def test_machines_that_cannot_build_are_told_so(
 ) -> None:
     monkeypatch.setattr("llama_export.cli_support.os", SimpleNamespace(name=system))
     monkeypatch.setattr("llama_export.cli_support.sys", SimpleNamespace(version_info=version))
-    with pytest.raises(
-        LlamaExportError, match=r"needs Linux or macOS and Python 3\.11 or newer, but this is "
-    ):
+    with pytest.raises(LlamaExportError, match=r"needs Linux or macOS and Python 3\.11 or newer, but this is "):
         need_build_machine()
 
 
