@@ -264,11 +264,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a weight without rows": (
         lambda at: changed_json(at, lambda v: v["weights"][0].update(shape=[])),
-        "a weight 'w' out of range",
+        "a weight 'w' of an impossible shape",
     ),
     "a weight without columns": (
         lambda at: changed_json(at, lambda v: v["weights"][0].update(shape=[3, 0])),
-        "a weight 'w' out of range",
+        "a weight 'w' of an impossible shape",
     ),
     "an array gone": (lambda at: changed_arrays(at, logsumexp=None), "damaged"),
     "other precision": (lambda at: changed_arrays(at, logsumexp=np.zeros(6, np.float32)), "is expected"),
