@@ -87,6 +87,8 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if path.exists() and not path.is_file():
+            raise LlamaExportError(f"{path} is not a plain file; copy or download the checkpoint again.")
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:

@@ -113,6 +113,8 @@ def _open_path(path: Path) -> Source:
 
     if path.is_dir():
         return open_folder(path, model_id=path.resolve().name)
+    if not path.is_file():
+        raise UsageError(f"{path} is neither a folder nor a plain file; name a folder or a .gguf file.")
     if path.suffix.lower() == ".gguf":
         return open_gguf(path)
     advice = f"name its folder {path.parent}" if path.suffix == ".safetensors" else "name a folder or a .gguf file"

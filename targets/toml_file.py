@@ -18,6 +18,8 @@ MAX_BYTES = 1 << 20
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file; UsageError when it cannot be read, is no TOML, or is larger than any person writes."""
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is not a plain file; name a TOML file.")  # a pipe would be waited for
     try:
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1)

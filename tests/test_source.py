@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -297,3 +298,13 @@ def test_bos_is_added_where_transformers_adds_it(tmp_path: Path, in_template: bo
     ids = token_ids(open_source(str(path)))
     assert ids.add_bos == (first == ids.bos)
     assert ids.bos == 0
+
+
+def test_a_pipe_is_not_waited_for(folder: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.gguf")
+    with pytest.raises(UsageError, match="neither a folder nor a plain file"):
+        open_source(str(tmp_path / "model.gguf"))
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    with pytest.raises(LlamaExportError, match="not a plain file"):
+        open_source(str(folder))

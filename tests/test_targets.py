@@ -1,5 +1,6 @@
 """The catalogue is complete and sourced, a user's own file is checked, and this machine is read rightly."""
 
+import os
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -311,3 +312,10 @@ def test_this_machine_is_a_target() -> None:
     target = load_target("host")
     assert target.name == "host"
     assert target.memory_gb > 0.1
+
+
+@pytest.mark.timeout(30)
+def test_a_pipe_is_no_target(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "board.toml")
+    with pytest.raises(UsageError, match="not a plain file"):
+        load_target(str(tmp_path / "board.toml"))
