@@ -305,6 +305,7 @@ def _tokenizer_config(vocabulary: _Vocabulary) -> dict[str, Any]:
     return {
         **{name: token for name, token in specials.items() if token is not None},
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": count(vocabulary.file, "llama.context_length"),
         "tokenizer_class": "PreTrainedTokenizerFast",
     }

@@ -286,6 +286,7 @@ def test_settings_and_chat_template(tmp_path: Path) -> None:
         "unk_token": tokens.id_to_token(5),
         "pad_token": "<|end|>",
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": 256,
         "tokenizer_class": "PreTrainedTokenizerFast",
         "chat_template": CHAT_TEMPLATE,
