@@ -55,7 +55,8 @@ def run(model: Model, request: RunRequest) -> None:
         _converse(model, request)
         return
     with _needing_text():
-        prompt = sys.stdin.read() if request.prompt == "-" else request.prompt
+        # `echo text |` ends its line; the text is what was meant.
+        prompt = sys.stdin.read().removesuffix("\n") if request.prompt == "-" else request.prompt
     if request.chat:
         text = model.conversation(request.system).say(prompt, request.options)
     else:

@@ -73,8 +73,10 @@ def test_json_has_stable_keys(folder: Path) -> None:
     assert value["model"] == "tests/tiny"
 
 
-def test_prompt_from_stdin(folder: Path) -> None:
-    assert answer(folder, "-", stdin="Once")["token_ids"] == answer(folder, "Once")["token_ids"]
+@pytest.mark.parametrize("stdin", ["Once", "Once\n"])
+def test_prompt_from_stdin(folder: Path, stdin: str) -> None:
+    """`echo` ends its line, which is no part of the text."""
+    assert answer(folder, "-", stdin=stdin)["token_ids"] == answer(folder, "Once")["token_ids"]
 
 
 @pytest.mark.parametrize("args", [("-",), ("--chat",), ("-", "--chat")])
