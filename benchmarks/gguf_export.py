@@ -19,8 +19,8 @@ import gguf
 import numpy as np
 from llama_export.errors import LlamaExportError
 from llama_export.export.config import LlamaShape, check_config, check_tensors
-from llama_export.export.gguf_config import llama3_factors
-from llama_export.export.gguf_source import gguf_name
+from llama_export.export.gguf.config import llama3_factors
+from llama_export.export.gguf.source import gguf_name
 from llama_export.export.safetensors_file import open_safetensors
 from llama_export.optimize.tensors import Float32, SourceTensor, UInt8
 from numpy.typing import NDArray

@@ -109,7 +109,7 @@ def open_source(
 
 def _open_path(path: Path) -> Source:
     from .folder import open_folder  # noqa: PLC0415 - both make the class above
-    from .gguf_source import open_gguf  # noqa: PLC0415
+    from .gguf.source import open_gguf  # noqa: PLC0415
 
     if path.is_dir():
         return open_folder(path, model_id=path.resolve().name)
@@ -123,7 +123,7 @@ def _open_path(path: Path) -> Source:
 
 def _open_hub(model: str, options: HubOptions) -> Source:
     from .folder import open_folder, read_config  # noqa: PLC0415
-    from .gguf_source import open_gguf  # noqa: PLC0415
+    from .gguf.source import open_gguf  # noqa: PLC0415
 
     if match := _HUB_FILE.fullmatch(model):
         download = download_file(match["repo"], match["file"], options)

@@ -21,7 +21,7 @@ from ..optimize.stored import Role, Stored, stored_of
 from ..optimize.tensors import SourceTensor
 from ..progress import Progress
 from ..runtime.bundle import DATA_FILE, GRAPH_FILE
-from .gguf_blocks import inexact_blocks
+from .gguf.blocks import inexact_blocks
 
 _STEP = 1 << 19
 """Values that one thread converts at a time: 2 MB in float32, so that the temporaries stay in the processor's cache."""

@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 from llama_export.errors import LlamaExportError
-from llama_export.export.gguf_file import GgufTensor, read_gguf, read_rows
+from llama_export.export.gguf.file import GgufTensor, read_gguf, read_rows
 from support.gguf_models import write_gguf, write_llama_gguf
 
 

@@ -13,11 +13,11 @@ import gguf
 import numpy as np
 import pytest
 from llama_export.errors import LlamaExportError
-from llama_export.export import gguf_source
 from llama_export.export.config import expected_tensors
-from llama_export.export.gguf_blocks import NotFiniteError, decode_blocks, decode_values, inexact_blocks
-from llama_export.export.gguf_config import llama3_factors
-from llama_export.export.gguf_source import gguf_name, open_gguf
+from llama_export.export.gguf import source as gguf_source
+from llama_export.export.gguf.blocks import NotFiniteError, decode_blocks, decode_values, inexact_blocks
+from llama_export.export.gguf.config import llama3_factors
+from llama_export.export.gguf.source import gguf_name, open_gguf
 from llama_export.optimize.tensors import Blocks, SourceTensor
 from support.gguf_models import reference_weights, write_llama_gguf
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from llama_export.errors import LlamaExportError
-from llama_export.export.gguf_file import read_gguf
-from llama_export.export.gguf_tokenizer import tokenizer_files
+from llama_export.export.gguf.file import read_gguf
+from llama_export.export.gguf.tokenizer import tokenizer_files
 from support.gguf_models import sentencepiece, write_llama_gguf
 from support.hf_models import CHAT_TEMPLATE
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers

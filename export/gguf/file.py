@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from .. import tables
-from ..errors import LlamaExportError
-from ..optimize.tensors import UInt8
-from .positioned import read_into
+from ... import tables
+from ...errors import LlamaExportError
+from ...optimize.tensors import UInt8
+from ..positioned import read_into
 
 SUPPORTED_TYPES = ("Q4_0", "Q4_1", "Q8_0", "F16", "BF16", "F32")
 MAX_HEADER = 1 << 25

@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..errors import LlamaExportError, did_you_mean
-from ..optimize.formats import NATIVE
-from ..optimize.tensors import BLOCK, Blocks, Float32, SourceTensor, UInt8
-from .config import expected_tensors
-from .gguf_blocks import BLOCK_TYPES, NotFiniteError, decode_blocks, decode_values
-from .gguf_config import check_architecture, generation_config, model_config
-from .gguf_file import GgufFile, GgufTensor, read_gguf, read_rows
-from .gguf_tokenizer import tokenizer_files
-from .source import Source
+from ...errors import LlamaExportError, did_you_mean
+from ...optimize.formats import NATIVE
+from ...optimize.tensors import BLOCK, Blocks, Float32, SourceTensor, UInt8
+from ..config import expected_tensors
+from ..source import Source
+from .blocks import BLOCK_TYPES, NotFiniteError, decode_blocks, decode_values
+from .config import check_architecture, generation_config, model_config
+from .file import GgufFile, GgufTensor, read_gguf, read_rows
+from .tokenizer import tokenizer_files
 
 _MODEL_PARTS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _LAYER_PARTS = {

@@ -14,9 +14,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from ..errors import LlamaExportError, did_you_mean
-from .gguf_config import GGUF_EMBEDDING, count, token_id
-from .gguf_file import GgufFile
+from ...errors import LlamaExportError, did_you_mean
+from .config import GGUF_EMBEDDING, count, token_id
+from .file import GgufFile
 
 _PREFIX = "tokenizer.ggml."
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}

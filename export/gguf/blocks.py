@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from ..optimize.tensors import BLOCK, Blocks, Float32, SourceTensor, UInt8
+from ...optimize.tensors import BLOCK, Blocks, Float32, SourceTensor, UInt8
 
 _NIBBLES = np.uint64(0x0F0F0F0F0F0F0F0F)
 _LAYOUTS = {

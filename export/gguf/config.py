@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import LlamaExportError
-from ..optimize.tensors import Float32
-from .config import check_config
-from .gguf_file import GgufFile
+from ...errors import LlamaExportError
+from ...optimize.tensors import Float32
+from ..config import check_config
+from .file import GgufFile
 
 ARCHITECTURE = "llama"
 GGUF_EMBEDDING, GGUF_HEAD = "token_embd.weight", "output.weight"
