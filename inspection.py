@@ -53,7 +53,8 @@ def _facts(bundle: Bundle) -> list[tuple[str, str]]:
     revision = f", revision {manifest.model.revision}" if manifest.model.revision else ""
     return [
         ("model", f"{manifest.model.id} ({manifest.model.source}{revision})"),
-        ("licence", manifest.model.licence or "not told by the checkpoint"),
+        ("licence", manifest.model.licence_told),
+        *(("" if number else "duties", duty) for number, duty in enumerate(manifest.model.duties)),
         ("target", f"{manifest.target}, {manifest.dialect} graph for {', '.join(manifest.providers)}"),
         ("precision", manifest.precision),
         ("parameters", _parameters_text(bundle)),

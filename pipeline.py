@@ -15,6 +15,7 @@ from . import __version__
 from .export.config import llama_config
 from .export.destination import check_destination, require_space, staged
 from .export.genai_config import genai_config
+from .export.licences import duties, legal_texts
 from .export.source import Source, open_source
 from .installed import installed_version
 from .optimize.formats import Format, plan_formats, stored_bytes
@@ -79,6 +80,8 @@ class BuildReport:
             f"{size(self.bytes)} in {seconds:.1f} s",
             self.context.reason,
             *self.notes,
+            f"Licence: {manifest.model.licence_told}.",
+            *manifest.model.duties,
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -222,7 +225,13 @@ def _manifest(plan: _Plan) -> Manifest:
 
     source, shape, tokens = plan.source, plan.source.shape, plan.source.tokens
     return Manifest(
-        model=ModelRecord(source.model_id, source.kind, source.revision, source.licence),
+        model=ModelRecord(
+            source.model_id,
+            source.kind,
+            source.revision,
+            source.licence,
+            duties(source.licence, *legal_texts(source.files)),
+        ),
         target=plan.target.name,
         dialect=plan.made.dialect,
         precision=plan.precision,

@@ -1,10 +1,10 @@
-"""Makes random checkpoints of published Llama shapes, so that speed and memory can be measured without a download.
+"""Makes random checkpoints in the shapes of the published Llamas, so that speed and memory can be measured without a
+download.
 
     python benchmarks/checkpoints.py llama-3.2-1b checkpoints/llama-3.2-1b [--tokenizer tokenizer.json] [--seed 0]
 
 The folder is what Hugging Face would give: config.json, generation_config.json, bf16 safetensors, tokenizer.json and
 tokenizer_config.json. The weights are a function of shape and seed alone, and are written in pieces of a few megabytes.
-Needs numpy only.
 """
 
 from __future__ import annotations
@@ -14,42 +14,31 @@ import itertools
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from llama_export.export.config import check_config
+from llama_export.export.published import published_configs
 from numpy.typing import NDArray
+
+Config = dict[str, Any]
 
 CHUNK_ELEMENTS = 1 << 20
 SPARE_BYTES = 200 << 20  # left free on the disk beside the checkpoint
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of one Llama model, named as in its config.json."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    tie_word_embeddings: bool
-    bos_token_id: int
-    eos_token_id: int
-    rope_factor: float
-    max_position_embeddings: int = 131072
+def llama_tiny() -> Config:
+    """Nobody's: a Llama 3.2 for a quick try of every step."""
+    sizes = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2}
+    more = {"head_dim": 32, "intermediate_size": 640, "vocab_size": 2048, "bos_token_id": 2046, "eos_token_id": 2047}
+    return {**published_configs()["llama-3.2-1b"], **sizes, **more}
 
 
-SHAPES = {
-    "llama-tiny": Shape(256, 4, 8, 2, 32, 640, 2048, True, 2046, 2047, 32.0),  # nobody's: for a quick try of every step
-    "llama-3.2-1b": Shape(2048, 16, 32, 8, 64, 8192, 128256, True, 128000, 128001, 32.0),
-    "llama-3.2-3b": Shape(3072, 28, 24, 8, 128, 8192, 128256, True, 128000, 128001, 32.0),
-    "llama-3.1-8b": Shape(4096, 32, 32, 8, 128, 14336, 128256, False, 128000, 128001, 8.0),
-}
+SHAPES: Mapping[str, Config] = {"llama-tiny": llama_tiny(), **published_configs()}
+"""The content of config.json by the name of the shape."""
 
 
 @dataclass(frozen=True)
@@ -70,53 +59,17 @@ class Tensor:
         return 2 * self.elements
 
 
-def config(shape: Shape) -> dict[str, Any]:
-    """The config.json of a Llama 3 checkpoint; for llama-3.2-1b that of meta-llama/Llama-3.2-1B."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": shape.bos_token_id,
-        "eos_token_id": shape.eos_token_id,
-        "head_dim": shape.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": shape.hidden_size,
-        "initializer_range": 0.02,
-        "intermediate_size": shape.intermediate_size,
-        "max_position_embeddings": shape.max_position_embeddings,
-        "mlp_bias": False,
-        "model_type": "llama",
-        "num_attention_heads": shape.num_attention_heads,
-        "num_hidden_layers": shape.num_hidden_layers,
-        "num_key_value_heads": shape.num_key_value_heads,
-        "pretraining_tp": 1,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": {
-            "factor": shape.rope_factor,
-            "high_freq_factor": 4.0,
-            "low_freq_factor": 1.0,
-            "original_max_position_embeddings": 8192,
-            "rope_type": "llama3",
-        },
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": shape.tie_word_embeddings,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.45.0.dev0",
-        "use_cache": True,
-        "vocab_size": shape.vocab_size,
-    }
-
-
-def tensors(shape: Shape) -> list[Tensor]:
+def tensors(config: Config) -> list[Tensor]:
     """Every tensor of the checkpoint, in the order they are written.
 
     A matrix of n inputs has the deviation 1/sqrt(n), which keeps the variance of what it is given; the two projections
     that write to the residual stream are narrower by sqrt(2 layers) (Radford et al. 2019). For the 1B shape that is
     0.022 and below, as in trained Llamas, and greedy decoding does not fall into repeating one token.
     """
-    hidden, ffn = shape.hidden_size, shape.intermediate_size
-    queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    residual = (2 * shape.num_hidden_layers) ** -0.5
+    shape = check_config(config)
+    hidden, ffn = shape.hidden, shape.ffn
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    residual = (2 * shape.layers) ** -0.5
 
     def matrix(name: str, rows: int, columns: int, scale: float = 1.0) -> Tensor:
         return Tensor(f"{name}.weight", (rows, columns), 0.0, scale * columns**-0.5)
@@ -124,8 +77,8 @@ def tensors(shape: Shape) -> list[Tensor]:
     def norm(name: str) -> Tensor:
         return Tensor(f"{name}.weight", (hidden,), 1.0, 0.1)
 
-    result = [Tensor("model.embed_tokens.weight", (shape.vocab_size, hidden), 0.0, 0.02)]
-    for layer in (f"model.layers.{number}" for number in range(shape.num_hidden_layers)):
+    result = [Tensor("model.embed_tokens.weight", (shape.vocab, hidden), 0.0, 0.02)]
+    for layer in (f"model.layers.{number}" for number in range(shape.layers)):
         result += [
             norm(f"{layer}.input_layernorm"),
             matrix(f"{layer}.self_attn.q_proj", queries, hidden),
@@ -138,8 +91,8 @@ def tensors(shape: Shape) -> list[Tensor]:
             matrix(f"{layer}.mlp.down_proj", hidden, ffn, residual),
         ]
     result.append(norm("model.norm"))
-    if not shape.tie_word_embeddings:
-        result.append(matrix("lm_head", shape.vocab_size, hidden))
+    if not shape.tied:
+        result.append(matrix("lm_head", shape.vocab, hidden))
     return result
 
 
@@ -191,9 +144,9 @@ def write_shard(path: Path, content: list[tuple[int, Tensor]], seed: int) -> Non
             write_tensor(file, tensor, seed, index)
 
 
-def write_weights(folder: Path, shape: Shape, seed: int, shard_bytes: int) -> None:
+def write_weights(folder: Path, config: Config, seed: int, shard_bytes: int) -> None:
     """Write model.safetensors, or several numbered files and their index where one would pass `shard_bytes`."""
-    wanted = tensors(shape)
+    wanted = tensors(config)
     files = shards(wanted, shard_bytes)
     if len(files) == 1:
         write_shard(folder / "model.safetensors", files[0], seed)
@@ -221,9 +174,15 @@ def byte_strings() -> Iterator[str]:
         yield from map("".join, itertools.product(alphabet, repeat=length))
 
 
-def byte_tokenizer(shape: Shape) -> dict[str, Any]:
+def special_tokens(config: Config) -> tuple[int, int]:
+    """The ids that begin and end a text; the first where there are several."""
+    ends = config["eos_token_id"]
+    return config["bos_token_id"], ends[0] if isinstance(ends, list) else ends
+
+
+def byte_tokenizer(config: Config) -> dict[str, Any]:
     """A tokenizer.json with a string for every id: single bytes, then longer byte strings that only decoding uses."""
-    special = {shape.bos_token_id: "<|begin_of_text|>", shape.eos_token_id: "<|end_of_text|>"}
+    special = dict(zip(special_tokens(config), ("<|begin_of_text|>", "<|end_of_text|>"), strict=True))
     strings = byte_strings()
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return {
@@ -248,7 +207,7 @@ def byte_tokenizer(shape: Shape) -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": {special.get(token) or next(strings): token for token in range(shape.vocab_size)},
+            "vocab": {special.get(token) or next(strings): token for token in range(config["vocab_size"])},
             "merges": [],
         },
     }
@@ -267,19 +226,20 @@ def token_strings(tokenizer: dict[str, Any]) -> dict[int, str]:
     }
 
 
-def tokenizer_config(tokenizer: dict[str, Any], shape: Shape) -> dict[str, Any]:
+def tokenizer_config(tokenizer: dict[str, Any], config: Config) -> dict[str, Any]:
     """The tokenizer_config.json for a tokenizer whose ids must lie inside the vocabulary; else raises ValueError."""
     strings = token_strings(tokenizer)
-    if max(strings) >= shape.vocab_size:
+    if max(strings) >= config["vocab_size"]:
         raise ValueError(
-            f"the tokenizer's largest id is {max(strings)}, but the shape has {shape.vocab_size} tokens; "
+            f"the tokenizer's largest id is {max(strings)}, but the shape has {config['vocab_size']} tokens; "
             "give a tokenizer of this vocabulary or leave --tokenizer out"
         )
-    ends = {"bos_token": strings.get(shape.bos_token_id), "eos_token": strings.get(shape.eos_token_id)}
+    bos, eos = special_tokens(config)
+    ends = {"bos_token": strings.get(bos), "eos_token": strings.get(eos)}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{name: text for name, text in ends.items() if text is not None},
-        "model_max_length": shape.max_position_embeddings,
+        "model_max_length": config["max_position_embeddings"],
         "clean_up_tokenization_spaces": False,
     }
 
@@ -288,29 +248,29 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def write_checkpoint(shape: Shape, folder: Path, seed: int, tokenizer_file: Path | None, shard_bytes: int) -> None:
+def write_checkpoint(config: Config, folder: Path, seed: int, tokenizer_file: Path | None, shard_bytes: int) -> None:
     """Write a whole checkpoint to `folder`, which must not exist; it appears only when it is complete.
 
     Raises ValueError for a tokenizer that does not fit, FileExistsError, and OSError when the disk is too full.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists; name a new folder or remove it first")
-    tokenizer = json.loads(tokenizer_file.read_text(encoding="utf-8")) if tokenizer_file else byte_tokenizer(shape)
-    settings = tokenizer_config(tokenizer, shape)
+    tokenizer = json.loads(tokenizer_file.read_text(encoding="utf-8")) if tokenizer_file else byte_tokenizer(config)
+    settings = tokenizer_config(tokenizer, config)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    needed = sum(tensor.nbytes for tensor in tensors(shape)) + SPARE_BYTES
+    needed = sum(tensor.nbytes for tensor in tensors(config)) + SPARE_BYTES
     free = shutil.disk_usage(folder.parent).free
     if free < needed:
         raise OSError(f"{folder.parent} has {free >> 20} MiB free, but the checkpoint needs {needed >> 20} MiB")
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    write_json(partial / "config.json", config(shape))
-    ends = {"bos_token_id": shape.bos_token_id, "eos_token_id": shape.eos_token_id}
+    write_json(partial / "config.json", config)
+    ends = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
     write_json(partial / "generation_config.json", {"_from_model_config": True, **ends, "do_sample": False})
     write_json(partial / "tokenizer.json", tokenizer)
     write_json(partial / "tokenizer_config.json", settings)
-    write_weights(partial, shape, seed, shard_bytes)
+    write_weights(partial, config, seed, shard_bytes)
     partial.rename(folder)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ..runtime.bundle import is_safe_name
 from ..tables import size
 from .config import check_config
 from .json_object import MOST_BYTES, read_object
+from .licences import LEGAL_FILE, folder_licence
 from .safetensors_file import open_safetensors
 from .source import Kind, Source
 
@@ -28,7 +28,6 @@ _COPIED = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-_LEGAL = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)([._-].*)?", re.IGNORECASE)
 _ROWS = 4096
 
 
@@ -50,7 +49,7 @@ def open_folder(path: Path, *, model_id: str, revision: str | None = None, kind:
         config=config,
         tensors=tensors,
         files=_files(path),
-        licence=_licence(path),
+        licence=folder_licence(path),
         native_precision=None,
     )
 
@@ -108,7 +107,7 @@ def _without_tied_copy(tensors: dict[str, SourceTensor]) -> dict[str, SourceTens
 
 def _files(path: Path) -> dict[str, Path | bytes]:
     files: dict[str, Path | bytes] = {name: path / name for name in _COPIED if (path / name).is_file()}
-    files |= {file.name: file for file in sorted(path.iterdir()) if _LEGAL.fullmatch(file.name) and file.is_file()}
+    files |= {file.name: file for file in sorted(path.iterdir()) if LEGAL_FILE.fullmatch(file.name) and file.is_file()}
     for name, file in files.items():
         if not (is_safe_name(name) and name.isprintable()):
             raise LlamaExportError(
@@ -134,26 +133,3 @@ def _chat_template(path: Path) -> str | None:
         if isinstance(template, str):
             return template
     return None
-
-
-def _licence(path: Path) -> str | None:
-    """Return the licence that the model card names, else the first line of the licence file."""
-    card = path / "README.md"
-    if card.is_file():
-        front = re.match(r"---\s*\n(.*?)\n---\s*\n", _beginning(card), re.DOTALL)
-        # The two lines wanted are plain `key: value`, so no YAML reader is needed.
-        lines = re.findall(r"^(license|license_name):\s*['\"]?([^\s'\"#]+)", front[1] if front else "", re.MULTILINE)
-        named: dict[str, str] = dict(lines)
-        if named.get("license", "other") != "other":
-            return named["license"]
-        if "license_name" in named:
-            return named["license_name"]
-    for file in sorted(path.iterdir()):
-        if re.fullmatch(r"LICEN[CS]E([._-].*)?", file.name, re.IGNORECASE) and file.is_file():
-            return next((line.strip()[:120] for line in _beginning(file).splitlines() if line.strip()), None)
-    return None
-
-
-def _beginning(path: Path) -> str:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return file.read(100_000)

@@ -54,12 +54,20 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """Where the weights came from. source: the kind of checkpoint: "folder", "hub" or "gguf"."""
+    """Where the weights came from. source: the kind of checkpoint: "folder", "hub" or "gguf"; licence: as the
+    checkpoint names it; duties: what that asks of a deployer, sentences for people.
+    """
 
     id: str
     source: str
     revision: str | None = None
     licence: str | None = None
+    duties: tuple[str, ...] = ()
+
+    @property
+    def licence_told(self) -> str:
+        """The licence, for people."""
+        return self.licence or "not told by the checkpoint; find out before you hand the model on"
 
 
 @dataclass(frozen=True)

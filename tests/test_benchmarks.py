@@ -13,18 +13,27 @@ import numpy as np
 import onnx
 import pytest
 from llama_export.benchmarks import export, gguf_export, report, run
-from llama_export.benchmarks.checkpoints import SHAPES, Shape, byte_tokenizer, config, tensors, write_checkpoint
+from llama_export.benchmarks.checkpoints import SHAPES, Config, byte_tokenizer, tensors, write_checkpoint
 from llama_export.benchmarks.measure import measure
 from llama_export.benchmarks.workers import protocol
 from llama_export.export.config import expected_tensors
 from llama_export.export.source import open_source
 from tokenizers import Tokenizer
 
-SHAPE = Shape(96, 2, 6, 2, 16, 160, 700, False, 698, 699, 8.0)
-TIED = Shape(64, 1, 2, 1, 32, 96, 300, True, 0, 1, 32.0)
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+MORE = ("intermediate_size", "vocab_size", "bos_token_id", "eos_token_id")
 
 
-def write(folder: Path, shape: Shape = SHAPE, seed: int = 3, shard_bytes: int = 10**9) -> Path:
+def sized(name: str, *sizes: int) -> Config:
+    """A published shape with other sizes, in the order of the keys above."""
+    return {**SHAPES[name], **dict(zip((*SIZES, *MORE), sizes, strict=True))}
+
+
+SHAPE = sized("llama-3.1-8b", 96, 2, 6, 2, 16, 160, 700, 698, 699)
+TIED = sized("llama-3.2-1b", 64, 1, 2, 1, 32, 96, 300, 0, 1)
+
+
+def write(folder: Path, shape: Config = SHAPE, seed: int = 3, shard_bytes: int = 10**9) -> Path:
     write_checkpoint(shape, folder, seed, None, shard_bytes)
     return folder
 
@@ -32,7 +41,7 @@ def write(folder: Path, shape: Shape = SHAPE, seed: int = 3, shard_bytes: int = 
 @pytest.mark.parametrize("name", SHAPES)
 def test_published_shapes_have_the_tensors_that_their_config_asks_for(name: str) -> None:
     shape = SHAPES[name]
-    assert {tensor.name: tensor.shape for tensor in tensors(shape)} == expected_tensors(config(shape))
+    assert {tensor.name: tensor.shape for tensor in tensors(shape)} == expected_tensors(shape)
 
 
 def test_llama_1b_has_its_published_size() -> None:
@@ -69,8 +78,8 @@ def test_byte_tokenizer_has_a_string_for_every_id() -> None:
     encoded = tokenizer.encode(text).ids
     assert tokenizer.decode(encoded) == text
     assert max(encoded) < 256
-    assert all(tokenizer.id_to_token(token) for token in range(SHAPE.vocab_size))
-    assert tokenizer.decode([SHAPE.eos_token_id], skip_special_tokens=False) == "<|end_of_text|>"
+    assert all(tokenizer.id_to_token(token) for token in range(SHAPE["vocab_size"]))
+    assert tokenizer.decode([SHAPE["eos_token_id"]], skip_special_tokens=False) == "<|end_of_text|>"
 
 
 def test_a_tokenizer_with_ids_past_the_vocabulary_is_refused(tmp_path: Path) -> None:
@@ -98,7 +107,7 @@ def test_a_folder_for_outputs_is_made(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("shape", [SHAPE, TIED], ids=["untied", "tied"])
-def test_gguf_holds_the_checkpoint_in_q4_0(tmp_path: Path, shape: Shape) -> None:
+def test_gguf_holds_the_checkpoint_in_q4_0(tmp_path: Path, shape: Config) -> None:
     folder = write(tmp_path / "random", shape)
     gguf_export.write_gguf(folder, tmp_path / "random.gguf")
     before, after = open_source(str(folder)), open_source(str(tmp_path / "random.gguf"))
@@ -110,8 +119,12 @@ def test_gguf_holds_the_checkpoint_in_q4_0(tmp_path: Path, shape: Shape) -> None
             expected = gguf.quants.dequantize(packed, gguf_export.Q4_0)
         np.testing.assert_array_equal(after.tensors[name].read(0, tensor.shape[0]), expected)
     rope = after.config["rope_parameters"]
-    assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == ("llama3", shape.rope_factor, 500000.0)
-    assert after.config["tie_word_embeddings"] is shape.tie_word_embeddings
+    assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == (
+        "llama3",
+        shape["rope_scaling"]["factor"],
+        500000.0,
+    )
+    assert after.config["tie_word_embeddings"] is shape["tie_word_embeddings"]
 
 
 def test_memory_of_children_counts_and_mapped_files_are_told_apart(tmp_path: Path) -> None:

@@ -125,3 +125,15 @@ def test_a_bundle_for_cuda_needs_no_scores(bundle: Path) -> None:
 def test_a_checkpoint_without_a_licence_is_told(bundle: Path) -> None:
     seal(bundle, replace(MANIFEST, model=ModelRecord("local", "folder")))
     assert "not told by the checkpoint" in shown(bundle)
+
+
+def test_what_the_licence_asks_is_shown_and_printed(bundle: Path) -> None:
+    model = ModelRecord("someone/Llama", "hub", "abc123", "llama3.2", ("Show it.", "Hand it on."))
+    seal(bundle, replace(MANIFEST, model=model))
+    lines = [line.split(maxsplit=1) for line in shown(bundle).splitlines()]
+    at = lines.index(["licence", "llama3.2"])
+    assert lines[at + 1] == ["duties", "Show it."]
+    assert " ".join(lines[at + 2]) == "Hand it on."
+    found = inspection.to_json(open_bundle(bundle))["manifest"]["model"]
+    assert (found["id"], found["revision"], found["licence"]) == ("someone/Llama", "abc123", "llama3.2")
+    assert found["duties"] == ["Show it.", "Hand it on."]

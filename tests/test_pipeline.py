@@ -98,6 +98,7 @@ def test_the_manifest_tells_the_truth(built: Built) -> None:
         "source": "folder",
         "revision": None,
         "licence": "Random weights, free for any use.",
+        "duties": [],
     }
     assert (manifest["target"], manifest["dialect"], manifest["precision"]) == ("cpu", "ort", "int4")
     assert manifest["shape"] == {
@@ -116,7 +117,7 @@ def test_the_manifest_tells_the_truth(built: Built) -> None:
 def test_a_gguf_keeps_its_own_quantisation(built: Built) -> None:
     manifest = manifest_of(built("mixed"))
     assert manifest["model"] == {
-        **{"id": "Random Llama", "source": "gguf", "revision": None, "licence": "apache-2.0"},
+        **{"id": "Random Llama", "source": "gguf", "revision": None, "licence": "apache-2.0", "duties": []},
     }
     assert manifest["precision"] == "gguf"
     weights = json.loads((built("mixed") / "reference" / "reference.json").read_text())["weights"]
@@ -181,6 +182,7 @@ def test_a_hub_id_makes_the_same_bundle(built: Built, tmp_path: Path) -> None:
     assert report["manifest"]["model"] == {
         **{"id": "org/tiny", "source": "hub", "revision": commit},
         "licence": "Random weights, free for any use.",
+        "duties": [],
     }
     ours, theirs = contents(built("int4")), contents(tmp_path / "out")
     assert {name for name in FILES if ours[name] != theirs[name]} == {"manifest.json", "reference/reference.json"}

@@ -30,6 +30,7 @@ def copied_tree(folder: Path) -> Path:
             (folder / package / file.name).write_bytes(file.read_bytes())
     for name in ("pyproject.toml", "README.md", "LICENSE", "py.typed", "constraints.txt"):
         (folder / name).write_bytes((ROOT / name).read_bytes())
+    (folder / "export" / "published.toml").write_bytes((ROOT / "export" / "published.toml").read_bytes())
     (folder / "targets" / "catalogue").mkdir()
     for file in (ROOT / "targets" / "catalogue").glob("*.toml"):
         (folder / "targets" / "catalogue" / file.name).write_bytes(file.read_bytes())
@@ -60,7 +61,7 @@ def test_wheel_holds_every_module_and_target(wheel: Path) -> None:
         for file in (ROOT / package).glob("*.py")
     }
     expected |= {f"llama_export/targets/catalogue/{file.name}" for file in (ROOT / "targets/catalogue").glob("*.toml")}
-    assert names == expected | {"llama_export/py.typed"}
+    assert names == expected | {"llama_export/py.typed", "llama_export/export/published.toml"}
 
 
 def test_wheel_runs_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:

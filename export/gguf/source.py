@@ -15,6 +15,7 @@ from ...errors import LlamaExportError, did_you_mean
 from ...optimize.formats import NATIVE
 from ...optimize.tensors import BLOCK, Blocks, Float32, SourceTensor, UInt8
 from ..config import expected_tensors
+from ..licences import named_licence
 from ..source import Source
 from .blocks import BLOCK_TYPES, NotFiniteError, decode_blocks, decode_values
 from .config import check_architecture, generation_config, model_config
@@ -63,7 +64,7 @@ def open_gguf(path: Path) -> Source:
         config=config,
         tensors=tensors,
         files=files,
-        licence=_text(file.metadata.get("general.license")),
+        licence=named_licence(*(_text(file.metadata.get(f"general.license{part}")) for part in ("", ".name", ".link"))),
         native_precision="gguf",
     )
 
