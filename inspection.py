@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from .errors import LlamaExportError
-from .optimize.formats import FORMATS, stored_bytes
+from .optimize.formats import format_named, stored_bytes
 from .runtime.bundle import CPU_PROVIDER, DATA_FILE, GRAPH_FILE, Bundle, Limits, Shape
 from .runtime.hashes import is_checked
 from .runtime.reference import WeightRecord, load_index
@@ -81,8 +81,9 @@ def _weight_bytes(bundle: Bundle) -> dict[str, int]:
     total = sum(files[name].size for name in (GRAPH_FILE, DATA_FILE) if name in files)
     counts: Counter[str] = Counter()
     for weight in _weights(bundle) or ():
-        if weight.format in FORMATS:
-            counts[weight.format] += stored_bytes(weight.shape, FORMATS[weight.format], scale_bytes)
+        format = format_named(weight.format)
+        if format is not None:
+            counts[format.name] += stored_bytes(weight.shape, format, scale_bytes)
     counts[bundle.manifest.precision] += max(0, total - counts.total())
     return dict(counts)
 

@@ -6,19 +6,22 @@ import json
 import platform
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .export.config import llama_config
+from .export.config import model_notes, transformers_config
 from .export.destination import check_destination, require_space, staged
+from .export.families import FAMILIES
 from .export.genai_config import genai_config
 from .export.licences import duties, legal_texts
+from .export.loss import Loss, loss_warning
 from .export.source import Source, open_source
 from .installed import installed_version
-from .optimize.formats import Format, plan_formats, stored_bytes
+from .optimize.formats import Format, stored_bytes
+from .optimize.plan import column_orders, plan_formats
 from .progress import Progress, Silent
 from .runtime.bundle import Limits, Manifest, ModelRecord, Shape, Tokens, seal
 from .runtime.threads import physical_cores
@@ -60,12 +63,15 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What was made. stages: seconds by stage."""
+    """What was made. losses: of tensors that came quantised and could not be kept as they are; stages: seconds by
+    stage.
+    """
 
     output: Path
     manifest: Manifest
     context: ContextChoice
     notes: tuple[str, ...]
+    losses: Sequence[Loss]
     stages: Mapping[str, float]
 
     @property
@@ -93,6 +99,7 @@ class BuildReport:
             "seconds": {name: round(value, 3) for name, value in self.stages.items()},
             "context": asdict(self.context),
             "notes": list(self.notes),
+            "losses": [{**asdict(loss), "relative": loss.relative} for loss in self.losses],
             "manifest": json.loads(self.manifest.to_json()),
         }
 
@@ -143,7 +150,9 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildRepor
     if plan.context.warning:
         progress.warn(plan.context.warning)
     with staged(options.output, force=options.force) as folder:
-        placements = _write_model(plan, folder, clock, progress)
+        placements, losses = _write_model(plan, folder, clock, progress)
+        if losses:
+            progress.warn(loss_warning(losses))
         _write_companions(plan, folder)
         manifest = _manifest(plan)
         if options.reference:
@@ -152,7 +161,7 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildRepor
         clock.stage("seal", "Hashing the files")
         manifest = seal(folder, manifest)
     clock.stop()
-    return BuildReport(options.output, manifest, plan.context, plan.made.notes, clock.stages)
+    return BuildReport(options.output, manifest, plan.context, manifest.notes, losses, clock.stages)
 
 
 def _plan(options: BuildOptions, target: Target, progress: Progress) -> _Plan:
@@ -172,32 +181,35 @@ def _plan(options: BuildOptions, target: Target, progress: Progress) -> _Plan:
     for name, tensor in source.tensors.items():
         weights[formats[name].name] += stored_bytes(tensor.shape, formats[name], scale)
     load = Load(source.shape, weights, made.activations, made.on_cpu, options.batch)
-    context = choose_context(target, load, source.shape.max_positions, options.context)
+    context = choose_context(target, load, source.shape.max_positions, options.context, source.shape.longest)
     named = precision or str(source.native_precision)
     return _Plan(source, target, made, named, formats, weights.total(), context, options.batch)
 
 
-def _write_model(plan: _Plan, folder: Path, clock: _Clock, progress: Progress) -> dict[str, Placement]:
-    """Write model.onnx and its data, and tell where each tensor went."""
-    clock.stage("trace", "Tracing transformers' Llama")
+def _write_model(
+    plan: _Plan, folder: Path, clock: _Clock, progress: Progress
+) -> tuple[dict[str, Placement], list[Loss]]:
+    """Write model.onnx and its data, and tell where each tensor went, and what it lost."""
+    clock.stage("trace", f"Tracing transformers' {FAMILIES[plan.source.shape.family].name}")
     import torch  # noqa: PLC0415 (seconds to import, and only building needs it)
 
     from .export.canonical import canonical  # noqa: PLC0415
-    from .export.trace import rotary_tables  # noqa: PLC0415
+    from .export.rotary import rotary_tables  # noqa: PLC0415
     from .export.write import lay_out, placements, refer, write_data  # noqa: PLC0415
     from .optimize.ort import OrtOptions, lower  # noqa: PLC0415
 
-    config, context = llama_config(plan.source.config), plan.context.context
+    config, context = transformers_config(plan.source.config), plan.context.context
     model = canonical(config, context=context, dtype=getattr(torch, plan.made.activations))
     clock.stage("lower", "Fusing and lowering the graph")
     level = SHIPPED_ACCURACY_LEVEL[plan.made.activations]
-    lower(model, OrtOptions(plan.formats, rotary_tables(config, context), level))
+    orders = column_orders(plan.source.tensors, plan.formats)
+    lower(model, OrtOptions(plan.formats, rotary_tables(config, context), level, orders))
     layout = lay_out(model)
     clock.stage("write", "Writing the weights")
-    write_data(model, layout, plan.source.tensors, folder, progress, physical_cores())
+    losses = write_data(model, layout, plan.source.tensors, folder, progress, physical_cores())
     placed = placements(model, plan.source.tensors)
     refer(model, layout, folder)
-    return placed
+    return placed, losses
 
 
 def _write_companions(plan: _Plan, folder: Path) -> None:
@@ -250,7 +262,7 @@ def _manifest(plan: _Plan) -> Manifest:
         minimum={"python": "3.10", "onnxruntime": MINIMUM_ONNXRUNTIME},
         providers=plan.made.providers,
         tools=tool_versions(),
-        notes=plan.made.notes,
+        notes=(*plan.made.notes, *model_notes(source.config, plan.context.context)),
     )
 
 

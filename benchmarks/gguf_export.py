@@ -18,10 +18,10 @@ from typing import Any
 import gguf
 import numpy as np
 from llama_export.errors import LlamaExportError
-from llama_export.export.config import LlamaShape, check_config, check_tensors
+from llama_export.export.config import ModelShape, check_config, check_tensors
 from llama_export.export.gguf.config import llama3_factors
 from llama_export.export.gguf.source import gguf_name
-from llama_export.export.safetensors_file import open_safetensors
+from llama_export.export.safetensors_file import open_safetensors, plain_tensor
 from llama_export.optimize.tensors import Float32, SourceTensor, UInt8
 from numpy.typing import NDArray
 
@@ -34,7 +34,7 @@ def interleaved_rows(heads: int, head_dim: int) -> NDArray[np.int64]:
     return np.arange(heads * head_dim).reshape(heads, 2, head_dim // 2).swapaxes(1, 2).ravel()
 
 
-def row_order(name: str, shape: LlamaShape) -> NDArray[np.int64] | None:
+def row_order(name: str, shape: ModelShape) -> NDArray[np.int64] | None:
     """The order in which the rows of a tensor are stored; None leaves them as they are."""
     heads = {"self_attn.q_proj.weight": shape.heads, "self_attn.k_proj.weight": shape.kv_heads}
     count = heads.get(name.split(".", 3)[-1])
@@ -74,7 +74,7 @@ def rope_theta(config: dict[str, Any]) -> float:
     return float((config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta", 10000.0))
 
 
-def add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], shape: LlamaShape) -> None:
+def add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], shape: ModelShape) -> None:
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
     writer.add_vocab_size(shape.vocab)
     writer.add_context_length(shape.max_positions)
@@ -116,7 +116,7 @@ def write_gguf(folder: Path, path: Path) -> None:
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     shape = check_config(config)
-    tensors = check_tensors(config, open_safetensors(folder))
+    tensors = check_tensors(config, {name: plain_tensor(tensor) for name, tensor in open_safetensors(folder).items()})
     if odd := next((t.name for t in tensors.values() if len(t.shape) == 2 and t.shape[1] % 32), None):
         raise LlamaExportError(f"The rows of {odd} do not divide into Q4_0's blocks of 32; take another checkpoint.")
     writer = gguf.GGUFWriter(path, "llama")

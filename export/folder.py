@@ -16,7 +16,8 @@ from ..tables import size
 from .config import check_config
 from .json_object import MOST_BYTES, read_object
 from .licences import LEGAL_FILE, folder_licence
-from .safetensors_file import open_safetensors
+from .prequantised import prequantised_tensors
+from .safetensors_file import open_safetensors, plain_tensor
 from .source import Kind, Source
 
 _COPIED = (
@@ -37,7 +38,7 @@ def open_folder(path: Path, *, model_id: str, revision: str | None = None, kind:
     Raises LlamaExportError that names the file that is missing or broken.
     """
     config = read_config(path)
-    tensors = open_safetensors(path)
+    tensors, native = _tensors(path, config)
     if config.get("tie_word_embeddings"):
         tensors = _without_tied_copy(tensors)
     if not (path / "tokenizer.json").is_file():
@@ -50,8 +51,17 @@ def open_folder(path: Path, *, model_id: str, revision: str | None = None, kind:
         tensors=tensors,
         files=_files(path),
         licence=folder_licence(path),
-        native_precision=None,
+        native_precision=native,
     )
+
+
+def _tensors(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, SourceTensor], str | None]:
+    """The tensors of the folder, and the name of the method where they are quantised."""
+    stored = open_safetensors(path)
+    method = config.get("quantization_config")
+    if not method:
+        return {name: plain_tensor(tensor) for name, tensor in stored.items()}, None
+    return prequantised_tensors(method, stored)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -7,22 +7,35 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 from ..errors import LlamaExportError
+from ..optimize.formats import Format
 from ..optimize.graph import ROTARY_TABLES
+from ..optimize.ort.order_inputs import order_name
+from ..optimize.plan import column_orders
 from ..optimize.quantise import dense_format
 from ..optimize.tensors import Float32
 from ..progress import Progress
 from ..runtime.batch import BatchReplay
 from ..runtime.bundle import GRAPH_FILE, Bundle, Manifest
 from ..runtime.onnx_file import with_accuracy_level
-from ..runtime.reference import SCHEMA_VERSION, Index, Logits, Prompt, Reference, WeightRecord, compress, fingerprint
+from ..runtime.reference import (
+    ORDER,
+    SCHEMA_VERSION,
+    Index,
+    Logits,
+    Prompt,
+    Reference,
+    WeightRecord,
+    compress,
+    fingerprint,
+)
 from ..runtime.threads import physical_cores
-from .config import llama_config
+from .config import transformers_config
 from .reference import ExactModel
+from .rotary import rotary_tables
 from .source import Source
-from .trace import rotary_tables
 from .write import Placement
 
 CONTINUATION = 32
@@ -56,7 +69,8 @@ def record_reference(
     continued = _propose(prompts, folder, manifest)
     formats = {name: placement.format for name, placement in placements.items()}
     scales = np.dtype(manifest.shape.cache_dtype)
-    model = ExactModel(llama_config(source.config), source.tensors, formats, scales)
+    context = manifest.limits.context
+    model = ExactModel(transformers_config(source.config), source.tensors, formats, scales, context)
     logits = model.logits(list(continued.values()), progress)
     index = Index(
         SCHEMA_VERSION,
@@ -67,7 +81,7 @@ def record_reference(
             _proven(name, prompts[name], ids, rows) for (name, ids), rows in zip(continued.items(), logits, strict=True)
         ),
         tuple(_weight(name, source, placements[name], model) for name in source.tensors),
-        tuple(_tables(model.config, manifest)),
+        (*_tables(model.config, manifest), *_orders(source, formats)),
         tools,
     )
     return Reference(index, Logits.joined([compress(rows) for rows in logits]))
@@ -113,16 +127,22 @@ def _proven(name: str, prompt: Sequence[int], ids: Sequence[int], logits: Float3
 
 def _weight(name: str, source: Source, placement: Placement, model: ExactModel) -> WeightRecord:
     sha256, norm = model.fingerprints[name]
-    initializers = {str(role): initializer for role, initializer in placement.initializers.items()}
-    return WeightRecord(
-        name, placement.format.name, source.tensors[name].shape, placement.row, initializers, sha256, norm
-    )
+    shape = source.tensors[name].shape
+    return WeightRecord(name, placement.format.name, shape, placement.row, placement.initializers, sha256, norm)
 
 
-def _tables(config: LlamaConfig, manifest: Manifest) -> Iterator[WeightRecord]:
+def _tables(config: PreTrainedConfig, manifest: Manifest) -> Iterator[WeightRecord]:
     """The rotary tables, which no prompt reaches the end of."""
     dtype = manifest.shape.cache_dtype
     for name, table in zip(ROTARY_TABLES, rotary_tables(config, manifest.limits.context), strict=True):
         stored = table.astype(dtype)
         sha256, norm = fingerprint(iter([stored]))
         yield WeightRecord(name, dense_format(dtype).name, table.shape, 0, {"values": name}, sha256, norm)
+
+
+def _orders(source: Source, formats: Mapping[str, Format]) -> Iterator[WeightRecord]:
+    """The orders of columns, each once."""
+    orders = column_orders(source.tensors, formats).values()
+    for name, order in {order_name(order): order for order in orders}.items():
+        sha256, norm = fingerprint(iter([order.astype(np.float32)]))
+        yield WeightRecord(name, ORDER, order.shape, 0, {"values": name}, sha256, norm)

@@ -13,7 +13,6 @@ import re
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import LlamaExportError
+from ..optimize.formats import FLOATS
 from ..optimize.tensors import Float32, SourceTensor
 from ..tables import size
 from .json_object import parse_object, read_object
@@ -34,11 +34,15 @@ _MOST_JSON = 25_000_000
 _CHUNK = 1 << 18
 """Elements converted at a time, so that 16-bit rows need no second buffer of their size."""
 
-_DTYPES: dict[str, npt.DTypeLike] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_DTYPES: Mapping[str, npt.DTypeLike] = {
+    **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1"},
+    **{"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "u1"},
+}
+"""Of the format, and how NumPy reads them; it has no bfloat16 and no float8, whose bits are given."""
 _PICKLES = ("pytorch_model*.bin", "consolidated*.pth", "*.pt", "*.ckpt")
 
 
-def open_safetensors(folder: Path) -> dict[str, SourceTensor]:
+def open_safetensors(folder: Path) -> dict[str, StoredTensor]:
     """Return the tensors of the safetensors files of a checkpoint folder, checked as far as headers allow.
 
     `model.safetensors`, or the shards of `model.safetensors.index.json`, or shards without an index, or the only
@@ -48,7 +52,7 @@ def open_safetensors(folder: Path) -> dict[str, SourceTensor]:
     index = folder / INDEX
     if not (folder / _SINGLE).is_file() and index.is_file():
         return _indexed(folder, _read_index(index))
-    tensors: dict[str, SourceTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for path in _unindexed_files(folder):
         found = open_file(path)
         if doubles := sorted(tensors.keys() & found.keys()):
@@ -60,16 +64,84 @@ def open_safetensors(folder: Path) -> dict[str, SourceTensor]:
     return tensors
 
 
-def open_file(path: Path) -> dict[str, SourceTensor]:
+def open_file(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of one safetensors file.
 
     Raises LlamaExportError when the file is truncated, or its header is not one of this format.
     """
     file = _File(path)
     return {
-        name: SourceTensor(name, entry.shape, entry.dtype, partial(_read_rows, file, entry))
+        name: StoredTensor(name, entry.dtype, entry.shape, file, entry.offset)
         for name, entry in _read_header(file).items()
     }
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """One tensor of a safetensors file, nothing of it read yet. dtype: the format's name of it, such as BF16.
+
+    Its methods may be called from several threads at once, and hold little more memory than what they return.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: _File
+    offset: int
+
+    def array(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows [start, stop) of the first axis as stored; bfloat16 and float8 as their bits, unsigned."""
+        rows = np.empty((stop - start, *self.shape[1:]), _DTYPES[self.dtype])
+        self.file.read_into(rows.reshape(-1), self.offset + start * (rows.nbytes // max(1, stop - start)))
+        return rows
+
+    def columns(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Columns [start, stop) of a matrix as stored: [rows, stop - start], one read a row."""
+        rows, width = self.shape
+        part = np.empty((rows, stop - start), _DTYPES[self.dtype])
+        for row in range(rows):
+            self.file.read_into(part[row], self.offset + (row * width + start) * part.itemsize)
+        return part
+
+    def floats(self, start: int, stop: int) -> Float32:
+        """Rows [start, stop) of the first axis as float32; F32, F16 and BF16 only."""
+        row = math.prod(self.shape[1:])
+        rows = np.empty((stop - start, *self.shape[1:]), dtype=np.float32)
+        flat = rows.reshape(-1)
+        stored = np.dtype(_DTYPES[self.dtype])
+        offset = self.offset + start * row * stored.itemsize
+        if self.dtype == "F32":
+            self.file.read_into(flat, offset)
+            return rows
+        buffer = np.empty(min(_CHUNK, flat.size), dtype=stored)
+        for first in range(0, flat.size, _CHUNK):
+            target = flat[first : first + _CHUNK]
+            part = buffer[: target.size]
+            self.file.read_into(part, offset + first * stored.itemsize)
+            _widen(part, target, self.dtype)
+        return rows
+
+
+def _widen(part: npt.NDArray[Any], target: Float32, dtype: str) -> None:
+    if dtype == "BF16":  # the upper half of a float32
+        bits = target.view(np.uint32)
+        bits[:] = part
+        bits <<= 16
+    else:
+        target[:] = part
+
+
+def plain_tensor(stored: StoredTensor) -> SourceTensor:
+    """A tensor of floating-point numbers as the rest of the project sees it.
+
+    Raises LlamaExportError for other types.
+    """
+    if stored.dtype not in FLOATS:
+        raise LlamaExportError(
+            f"The tensor {stored.name} in {stored.file.path} is stored as {stored.dtype}, but {', '.join(FLOATS)} are "
+            "read; take the unquantised checkpoint."
+        )
+    return SourceTensor(stored.name, stored.shape, stored.dtype, FLOATS[stored.dtype], stored.floats)
 
 
 @dataclass(frozen=True)
@@ -110,29 +182,6 @@ class _File:
             ) from error
 
 
-def _read_rows(file: _File, entry: _Entry, start: int, stop: int) -> Float32:
-    row = math.prod(entry.shape[1:])
-    rows = np.empty((stop - start, *entry.shape[1:]), dtype=np.float32)
-    flat = rows.reshape(-1)
-    stored = np.dtype(_DTYPES[entry.dtype])
-    offset = entry.offset + start * row * stored.itemsize
-    if entry.dtype == "F32":
-        file.read_into(flat, offset)
-        return rows
-    buffer = np.empty(min(_CHUNK, flat.size), dtype=stored)
-    for first in range(0, flat.size, _CHUNK):
-        target = flat[first : first + _CHUNK]
-        part = buffer[: target.size]
-        file.read_into(part, offset + first * stored.itemsize)
-        if entry.dtype == "BF16":  # the upper half of a float32
-            bits = target.view(np.uint32)
-            bits[:] = part
-            bits <<= 16
-        else:
-            target[:] = part
-    return rows
-
-
 def _read_header(file: _File) -> dict[str, _Entry]:
     if file.size < 8:
         raise _truncated(file, 8)
@@ -167,8 +216,8 @@ def _entry(file: _File, name: str, value: Any, data: int) -> _Entry:
         raise _broken(file, f"its header describes {name} wrongly")
     if dtype not in _DTYPES:
         raise LlamaExportError(
-            f"The tensor {name} in {file.path} is stored as {dtype}, but this version reads {', '.join(_DTYPES)}; take "
-            "the unquantised checkpoint."
+            f"The tensor {name} in {file.path} is stored as {dtype[:40]!r}, which is no type of safetensors that this "
+            "version knows; take the checkpoint in bfloat16."
         )
     begin, end = offsets
     if end - begin != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
@@ -182,7 +231,7 @@ def _counts(value: Any) -> tuple[int, ...] | None:
     return tuple(value) if all(type(item) is int and 0 <= item < 2**63 for item in value) else None
 
 
-def _indexed(folder: Path, weight_map: Mapping[str, str]) -> dict[str, SourceTensor]:
+def _indexed(folder: Path, weight_map: Mapping[str, str]) -> dict[str, StoredTensor]:
     index = folder / INDEX
     files = sorted(set(weight_map.values()))
     for file in files:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -16,17 +15,21 @@ import onnx_ir as ir
 
 from ..errors import LlamaExportError
 from ..optimize.formats import FP32, Format
-from ..optimize.quantise import blocks_of, pack, round_scales, to_dense
+from ..optimize.graph import ORDER
+from ..optimize.ort.order_inputs import order_name
+from ..optimize.quantise import blocks_of, pack, round_scales, stored_values, to_dense
 from ..optimize.stored import Role, Stored, stored_of
-from ..optimize.tensors import SourceTensor
+from ..optimize.tensors import Blocks, SourceTensor
 from ..progress import Progress
 from ..runtime.bundle import DATA_FILE, GRAPH_FILE
-from .gguf.blocks import inexact_blocks
+from .loss import Loss
 
 _STEP = 1 << 19
 """Values that one thread converts at a time: 2 MB in float32, so that the temporaries stay in the processor's cache."""
 _INLINE = 1024
-"""Bytes up to which a constant of one dimension stays in model.onnx: shapes and axes have to be there."""
+"""Bytes up to which a constant of one dimension stays in model.onnx: shapes and axes have to be there. Column orders
+have to be in the data file, where verify looks.
+"""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def lay_out(model: ir.Model) -> Layout:
     end = 0
     for name, value in model.graph.initializers.items():
         content = stored_of(value)
-        if content in regions or (content is None and _inline(value)):
+        if content in regions or (content is None and _inline(name, value)):
             continue
         region = _region(value, end)
         if content is None:
@@ -66,9 +69,10 @@ def lay_out(model: ir.Model) -> Layout:
     return Layout(regions, tables, end)
 
 
-def _inline(value: ir.Value) -> bool:
-    assert value.const_value is not None, f"{value.name} has neither values nor a description"
-    return value.const_value.nbytes <= _INLINE and len(value.const_value.shape) < 2
+def _inline(name: str, value: ir.Value) -> bool:
+    assert value.const_value is not None, f"{name} has neither values nor a description"
+    small = value.const_value.nbytes <= _INLINE and len(value.const_value.shape) < 2
+    return small and not name.startswith(ORDER)
 
 
 def _region(value: ir.Value, end: int) -> Region:
@@ -99,10 +103,10 @@ def write_data(
     folder: Path,
     progress: Progress,
     threads: int,
-) -> None:
+) -> list[Loss]:
     """Fill the data file in `folder`: read rows, convert, write at their place, forget; `threads` at a time.
 
-    Warns when blocks of a GGUF file cannot be kept as they are.
+    Returns what the checkpoint's own quantisation lost, for each tensor whose blocks cannot be kept as they are.
     Raises LlamaExportError when a tensor holds NaN or infinity, or numbers too large for the type that computes.
     """
     with (folder / DATA_FILE).open("wb") as file:
@@ -114,35 +118,26 @@ def write_data(
             table = model.graph.initializers[name].const_value
             assert table is not None
             _write_at(file.fileno(), table.tobytes(), region.offset)
-        total, done, inexact = sum(region.size for region in layout.regions.values()), 0, Counter[str]()
+        total, done = sum(region.size for region in layout.regions.values()), 0
+        losses: dict[str, Loss] = {}
         activations = model.graph.outputs[0].dtype
         assert activations is not None
         steps = _steps(layout, tensors, activations.numpy(), file.fileno())
         with contextlib.closing(_run_all(steps, threads)) as results:  # no step may outlive the open file
             for written in results:
                 done += written.size
-                inexact[written.tensor] += written.inexact
+                if (loss := written.loss) is not None:
+                    losses[loss.tensor] = losses[loss.tensor] + loss if loss.tensor in losses else loss
                 progress.advance(done, total)
-    if inexact := +inexact:
-        progress.warn(_rounded(inexact))
-
-
-def _rounded(inexact: Counter[str]) -> str:
-    (name, count), *others = inexact.most_common()
-    more = f" and {inexact.total() - count} of {len(others)} other tensors" if others else ""
-    return (
-        f"{count} blocks of {name}{more} do not keep the checkpoint's own quantisation exactly: their offsets are "
-        "rounded, which changes a weight in its last digits."
-    )
+    return [losses[name] for name in tensors if name in losses]
 
 
 @dataclass(frozen=True)
 class _Written:
-    """What a step did. size: bytes; inexact: blocks whose values are not those of the checkpoint's own blocks."""
+    """What a step did. size: bytes."""
 
-    tensor: str
     size: int
-    inexact: int
+    loss: Loss | None
 
 
 @dataclass(frozen=True)
@@ -162,8 +157,8 @@ class _Step:
     file: int
 
     def run(self) -> _Written:
-        encoded, inexact = self._blocks() if self.format.quantised else (self._values(), 0)
-        return _Written(self.tensor.name, sum(self._put(role, data) for role, data in encoded.items()), inexact)
+        encoded, loss = self._blocks() if self.format.quantised else (self._values(), None)
+        return _Written(sum(self._put(role, data) for role, data in encoded.items()), loss)
 
     def _values(self) -> dict[Role, npt.NDArray[np.generic]]:
         rows = self.tensor.read(self.start, self.stop)
@@ -173,19 +168,40 @@ class _Step:
             self._check_fits(values)
         return {"values": values}
 
-    def _blocks(self) -> tuple[dict[Role, npt.NDArray[np.generic]], int]:
-        """The blocks, and how many of them are not those that the checkpoint has of its own."""
+    def _blocks(self) -> tuple[dict[Role, npt.NDArray[np.generic]], Loss | None]:
         read = blocks_of(self.tensor, self.format)(self.start, self.stop)
-        self._check_finite(read.scales)
         stored = round_scales(read, self.activations)
-        self._check_fits(stored.scales)
-        encoded: dict[Role, npt.NDArray[np.generic]] = {"codes": pack(stored), "scales": stored.scales}
-        if read.offsets is None or stored.offsets is None:
-            return encoded, 0
-        self._check_finite(read.offsets)
-        self._check_fits(stored.offsets)
-        rounded = int(np.count_nonzero(stored.offsets != read.offsets))
-        return {**encoded, "offsets": stored.offsets}, rounded or inexact_blocks(self.tensor, read, self.start)
+        encoded: dict[Role, npt.NDArray[np.generic]] = {
+            "codes": pack(stored.codes, self.format.bits),
+            "scales": stored.scales,
+        }
+        if stored.zeros is not None:
+            encoded["zeros"] = pack(stored.zeros, self.format.bits)
+        if stored.offsets is not None:
+            encoded["offsets"] = stored.offsets
+        for before, after in ((read.scales, stored.scales), (read.offsets, stored.offsets)):
+            if before is not None and after is not None:
+                self._check_finite(before)
+                self._check_fits(after)
+        return encoded, self._loss(read, stored)
+
+    def _loss(self, read: Blocks, stored: Blocks) -> Loss | None:
+        """What the checkpoint's own quantisation loses here; weights that came unquantised have nothing to lose."""
+        if self.format != self.tensor.format:
+            return None
+        changed = read.scales.size if self.tensor.blocks is None else read.rounded + _changed(read, stored)
+        if not changed:
+            return None
+        values = self.tensor.read(self.start, self.stop).astype(np.float64)
+        kept = stored_values(self.tensor, self.format, self.start, self.stop, self.activations)
+        return Loss(
+            self.tensor.name,
+            self.tensor.dtype,
+            self.format.name,
+            changed,
+            float(np.square(values - kept).sum()),
+            float(np.square(values).sum()),
+        )
 
     def _put(self, role: Role, data: npt.NDArray[np.generic]) -> int:
         region = self.regions[role]
@@ -209,6 +225,14 @@ class _Step:
             f"The checkpoint's tensor {self.tensor.name} holds numbers in rows {self.start} to {self.stop - 1} that do "
             "not fit float16, which ends at 65504; use --precision fp32 with -t cpu, which computes in float32."
         )
+
+
+def _changed(read: Blocks, stored: Blocks) -> int:
+    """Blocks whose scale or offset is another once it is stored."""
+    changed = stored.scales != read.scales
+    if read.offsets is not None and stored.offsets is not None:
+        changed |= stored.offsets != read.offsets
+    return int(np.count_nonzero(changed))
 
 
 def _steps(
@@ -255,16 +279,18 @@ def _write_at(file: int, data: bytes | memoryview, offset: int) -> None:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a checkpoint tensor went: its format, the initializers by role, and its first row in them."""
+    """Where a checkpoint tensor went: its format, the initializers by role (`order` too, which all its rows share), and
+    its first row in the others.
+    """
 
     format: Format
-    initializers: Mapping[Role, str]
+    initializers: Mapping[str, str]
     row: int
 
 
 def placements(model: ir.Model, tensors: Mapping[str, SourceTensor]) -> dict[str, Placement]:
     """The place of every checkpoint tensor in the lowered graph; the first where two initializers share the bytes."""
-    names: dict[tuple[tuple[str, ...], Format], dict[Role, str]] = {}
+    names: dict[tuple[tuple[str, ...], Format], dict[str, str]] = {}
     for name, value in model.graph.initializers.items():
         content = stored_of(value)
         if content is not None:
@@ -273,6 +299,8 @@ def placements(model: ir.Model, tensors: Mapping[str, SourceTensor]) -> dict[str
     for (parts, format), initializers in names.items():
         row = 0
         for part in parts:
-            found[part] = Placement(format, initializers, row)
+            order = tensors[part].order_in(format)
+            ordered = {} if order is None else {"order": order_name(order)}
+            found[part] = Placement(format, {**initializers, **ordered}, row)
             row += tensors[part].shape[0]
     return found

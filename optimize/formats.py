@@ -1,12 +1,20 @@
-"""The formats in which a weight can be stored, and which weight gets which."""
+"""The formats in which a weight can be stored."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import UsageError, did_you_mean
-from .tensors import BLOCK, SourceTensor
+
+BLOCK = 32
+"""Columns that share one scale where nothing else is said: the block of this project's own quantisation and of GGUF's
+Q4_0, Q4_1 and Q8_0.
+"""
+
+BLOCKS = (16, 32, 64, 128, 256)
+"""The blocks that MatMulNBits has kernels for."""
 
 
 @dataclass(frozen=True)
@@ -14,39 +22,62 @@ class Format:
     """How the values of one weight are stored.
 
     bits: of one value. block: consecutive columns that share a scale, 0 for plain floating point.
-    offsets: whether each block has an offset added to its values (GGUF's Q4_1), see `tensors.Blocks`.
+    zeros: whether each block has an integer zero point of its own; without, it is 2**(bits - 1).
+    offsets: whether each block has a number added to its values (GGUF's Q4_1), see `tensors.Blocks`.
     """
 
     name: str
     bits: int
     block: int = 0
+    zeros: bool = False
     offsets: bool = False
 
     @property
     def quantised(self) -> bool:
         return self.block > 0
 
+    def blocks(self, columns: int) -> int:
+        """Blocks of a row; the last one is padded."""
+        return -(-columns // self.block)
+
+    def zero_bytes(self, columns: int) -> int:
+        """Bytes of a row's packed zero points."""
+        return -(-self.blocks(columns) * self.bits // 8)
+
+
+def int_format(bits: int, block: int = BLOCK, *, zeros: bool = False, offsets: bool = False) -> Format:
+    """The block format of these properties: `int4`, `int8-b16`, `int4-b128-zeros`, `int4-offset`."""
+    parts = (f"int{bits}", f"b{block}" * (block != BLOCK), "zeros" * zeros, "offset" * offsets)
+    return Format("-".join(filter(None, parts)), bits, block, zeros, offsets)
+
+
+def format_named(name: str) -> Format | None:
+    """The format of this name, None when there is none."""
+    dense = {format.name: format for format in (FP32, FP16, BF16)}
+    if name in dense:
+        return dense[name]
+    match = _INTEGERS.fullmatch(name)
+    if match is None or int(match["block"] or BLOCK) not in BLOCKS:
+        return None
+    found = int_format(
+        int(match["bits"]), int(match["block"] or BLOCK), zeros=bool(match["zeros"]), offsets=bool(match["offset"])
+    )
+    return found if found.name == name else None
+
+
+_INTEGERS = re.compile(r"int(?P<bits>[48])(-b(?P<block>\d{1,3}))?(?P<zeros>-zeros)?(?P<offset>-offset)?")
 
 FP32 = Format("fp32", 32)
 FP16 = Format("fp16", 16)
 BF16 = Format("bf16", 16)
-INT8 = Format("int8", 8, BLOCK)
-INT4 = Format("int4", 4, BLOCK)
-INT4_OFFSET = Format("int4-offset", 4, BLOCK, offsets=True)
+INT8 = int_format(8)
+INT4 = int_format(4)
 
-FORMATS: Mapping[str, Format] = {format.name: format for format in (FP32, FP16, BF16, INT8, INT4, INT4_OFFSET)}
+FLOATS: Mapping[str, Format] = {"F32": FP32, "F16": FP16, "BF16": BF16}
+"""A checkpoint tensor's floating-point dtype -> the format that keeps it as it is."""
+
 PRECISIONS: Mapping[str, Format] = {format.name: format for format in (FP32, FP16, INT8, INT4)}
 """What `--precision` takes, and the format that it gives to matrices."""
-
-NATIVE: Mapping[str, Format] = {
-    "F32": FP32,
-    "F16": FP16,
-    "BF16": BF16,
-    "Q8_0": INT8,
-    "Q4_0": INT4,
-    "Q4_1": INT4_OFFSET,
-}
-"""A checkpoint tensor's dtype -> the format that keeps it as it is."""
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -62,30 +93,6 @@ def precision_format(precision: str) -> Format:
     return PRECISIONS[precision]
 
 
-def plan_formats(tensors: Mapping[str, SourceTensor], precision: str | None) -> dict[str, Format]:
-    """Decide the stored format of every tensor; `precision` None keeps what the checkpoint has, see `NATIVE`.
-
-    Vectors (norms, biases) stay in full precision: they are read once a token and weigh nothing. An embedding of its
-    own (not tied to the head) is never below 8 bits: no sum over it averages its error away. Rows that are no multiple
-    of the block cannot be gathered in blocks, such an embedding is stored as fp16.
-    """
-    tied = HEAD not in tensors
-
-    def decide(tensor: SourceTensor) -> Format:
-        if len(tensor.shape) == 1:
-            return FP32
-        if precision is None:
-            return NATIVE[tensor.dtype]
-        chosen = precision_format(precision)
-        if tensor.name == EMBEDDING and chosen.quantised:
-            if tensor.shape[1] % BLOCK:
-                return FP16
-            return chosen if tied else INT8
-        return chosen
-
-    return {name: decide(tensor) for name, tensor in tensors.items()}
-
-
 def stored_bytes(shape: tuple[int, ...], format: Format, scale_bytes: int = 4) -> int:
     """Bytes of a weight of `shape` (rows first) in `format`, scales and offsets of `scale_bytes` each included; blocks
     are padded at the row's end.
@@ -94,5 +101,5 @@ def stored_bytes(shape: tuple[int, ...], format: Format, scale_bytes: int = 4) -
     columns = shape[1] if len(shape) > 1 else 1
     if not format.quantised:
         return rows * columns * format.bits // 8
-    blocks = rows * -(-columns // format.block)
-    return blocks * (format.block * format.bits // 8 + scale_bytes * (2 if format.offsets else 1))
+    block = format.block * format.bits // 8 + scale_bytes * (2 if format.offsets else 1)
+    return rows * (format.blocks(columns) * block + (format.zero_bytes(columns) if format.zeros else 0))

@@ -11,6 +11,8 @@ import onnx_ir as ir
 
 INV_FREQ = "model.rotary_emb.inv_freq"
 ROTARY_TABLES = ("cos_cache", "sin_cache")
+ORDER = "order."
+"""How the names of column orders begin."""
 MICROSOFT = "com.microsoft"
 
 

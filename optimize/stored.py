@@ -12,7 +12,7 @@ import onnx_ir as ir
 from .formats import Format
 from .graph import sizes_of
 
-Role = Literal["values", "codes", "scales", "offsets"]
+Role = Literal["values", "codes", "scales", "zeros", "offsets"]
 _STORED, _PARTS = "stored", "parts"
 
 

@@ -8,39 +8,56 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from .formats import Format
+
 Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
 UInt8 = npt.NDArray[np.uint8]
 
-BLOCK = 32
-"""Columns that share one scale in every block format of this project and of GGUF's Q4_0, Q4_1 and Q8_0."""
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Blocks:
-    """Rows of a block-quantised matrix: `w = scales * (codes - 2**(bits - 1)) + offsets`, all in float32.
+    """Rows of a block-quantised matrix: `w = scales * (codes - zeros) + offsets`, all in float32.
 
-    codes: uint8 [rows, columns], each in [0, 2**bits); scales: float32 [rows, columns / BLOCK], one for each block of
-    consecutive columns; offsets: the same shape as scales, or None when the format is symmetric.
+    codes: uint8 [rows, columns], each in [0, 2**bits), columns padded to whole blocks; scales: float32 [rows, blocks];
+    zeros: uint8 [rows, blocks], or None where all are 2**(bits - 1); offsets: float32 [rows, blocks], or None.
+    rounded: blocks that are not exactly those of the checkpoint, whose offset float32 cannot hold.
     """
 
-    bits: int
+    format: Format
     codes: UInt8
     scales: Float32
+    zeros: UInt8 | None = None
     offsets: Float32 | None = None
+    rounded: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SourceTensor:
     """One tensor of a checkpoint under its Hugging Face name (`model.layers.0.self_attn.q_proj.weight`).
 
-    dtype: how it is stored: F32, F16, BF16, or a GGUF block type Q4_0, Q4_1, Q8_0.
+    dtype: how it is stored, for people: F32, F16, BF16, a GGUF block type, or a method such as GPTQ.
+    format: the one that keeps the values, or comes nearest.
     read(start, stop): rows [start, stop) of the first axis as float32, dequantised if need be.
-    blocks(start, stop): the same rows as stored codes and scales, for block types; None for the others.
-    Both may be called from several threads at once, and hold no more memory than the rows they return.
+    blocks(start, stop): the same rows as the codes and scales that are stored, in `format`; None where there are none,
+    or where no format holds them.
+    order: int64 [columns], the column that each column of `blocks` is, where they were quantised in an order of their
+    own (GPTQ's desc_act); None where columns stand in place.
+    `read` and `blocks` may be called from several threads at once, and hold little more than the rows they return.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    format: Format
     read: Callable[[int, int], Float32]
     blocks: Callable[[int, int], Blocks] | None = None
+    order: Int64 | None = None
+
+    def keeps_own(self, format: Format) -> bool:
+        """Whether storing this tensor in `format` takes over the checkpoint's own codes."""
+        return self.blocks is not None and format == self.format
+
+    def order_in(self, format: Format) -> Int64 | None:
+        """The order in which `format` stores the columns; None for their natural one."""
+        return self.order if self.keeps_own(format) else None

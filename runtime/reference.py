@@ -26,6 +26,8 @@ from .decode_json import decode
 
 FOLDER = "reference"
 SCHEMA_VERSION = 1
+ORDER = "order"
+"""The role of the initializer that says which column each stored column is, and the format of such initializers."""
 TOP = 64
 SAMPLES = 256
 _INDEX, _LOGITS = "reference.json", "logits.npz"
@@ -57,9 +59,9 @@ class Prompt:
 class WeightRecord:
     """One tensor as PyTorch used it, and where the bundle stores it.
 
-    format: name of the stored format. initializers: by role (values; or codes, scales, offsets). row: of its first row
-    in them. shape: of the tensor. sha256: of its dequantised float32 values, row by row. norm: square root of the sum
-    of their squares.
+    format: name of the stored format. initializers: by role: values; or codes, scales, zeros, offsets; and `order`
+    where the columns are stored in another order. row: of its first row in them. shape: of the tensor. sha256: of its
+    dequantised float32 values, row by row, columns in place. norm: square root of the sum of their squares.
     """
 
     name: str

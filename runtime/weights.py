@@ -6,6 +6,7 @@ This decodes the data file from the format's definition and shares no code with 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +21,17 @@ from ..errors import LlamaExportError
 from .arrays import Float32
 from .bundle import DATA_FILE, GRAPH_FILE, Bundle
 from .onnx_file import Initializer
-from .reference import WeightRecord, fingerprint
+from .reference import ORDER, WeightRecord, fingerprint
 from .session import read_graph, weight_places
 
 _BLOCK = 32
+"""Columns of a block where a format's name does not say."""
 _STEP_VALUES = 1 << 21
+_DENSE = ("fp32", "fp16", "bf16", "order")
+_INTEGERS = re.compile(r"int(?P<bits>4|8)(-b(?P<block>\d{1,4}))?(?P<zeros>-zeros)?(?P<offset>-offset)?")
+
+Parts = Mapping[str, npt.NDArray[np.generic]]
+Decoder = Callable[[Parts], Float32]
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ def _refuse_unrecorded(records: tuple[WeightRecord, ...], initializers: Mapping[
     """Rows without a record could hold anything. Places count, not names: a tied embedding and head are two names."""
     rows: Counter[int] = Counter()
     for record in records:
-        for name in record.initializers.values():
+        for _, name in _by_rows(record):
             rows[_initializer(record, name, initializers).offset] += record.shape[0]
     for name, stored in initializers.items():
         if stored.shape[:1] != (rows[stored.offset],):
@@ -77,7 +84,7 @@ def _compare(record: WeightRecord, initializers: Mapping[str, Initializer], data
     try:
         with FileIO(data) as file:  # of its own, as threads would move each other's place in it
             digest, norm = fingerprint(_rows(record, initializers, file))
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, IndexError) as error:
         raise LlamaExportError(
             f"{GRAPH_FILE} does not store {record.name} as {record.format}, as the reference says; build the bundle "
             "again."
@@ -86,21 +93,43 @@ def _compare(record: WeightRecord, initializers: Mapping[str, Initializer], data
 
 
 def _rows(record: WeightRecord, initializers: Mapping[str, Initializer], file: FileIO) -> Iterator[Float32]:
-    """The record's tensor, dequantised, a few rows at a time: [n, columns]."""
-    stored = {role: _initializer(record, name, initializers) for role, name in record.initializers.items()}
+    """The record's tensor, dequantised, columns in their natural order, a few rows at a time: [n, columns]."""
+    stored = {role: _initializer(record, name, initializers) for role, name in _by_rows(record)}
     rows, columns = record.shape[0], math.prod(record.shape[1:])
-    decode = _DECODERS.get(record.format)
-    if decode is None:
-        raise LlamaExportError(f"The reference names an unknown format {record.format!r}; upgrade llama-export.")
+    decode, block = _decoder(record.format)
+    order = _order(record, initializers, file)
     step = max(1, _STEP_VALUES // columns)
     for start in range(0, rows, step):
         stop = min(rows, start + step)
         parts = {role: _read(tensor, record.row + start, record.row + stop, file) for role, tensor in stored.items()}
         with np.errstate(over="ignore", invalid="ignore"):  # damage shows in the comparison
             values = decode(parts)
-        if not 0 <= values.shape[1] - columns < (_BLOCK if "codes" in parts else 1):
+        if not 0 <= values.shape[1] - columns < block:
             raise ValueError(f"rows of {values.shape[1]} values")
-        yield values[:, :columns]
+        values = values[:, :columns]
+        if order is not None:
+            placed = np.zeros_like(values)
+            placed[:, order] = values
+            values = placed
+        yield values
+
+
+def _by_rows(record: WeightRecord) -> list[tuple[str, str]]:
+    """Roles and names of the initializers that hold the record's rows."""
+    return [(role, name) for role, name in record.initializers.items() if role != ORDER]
+
+
+def _order(record: WeightRecord, initializers: Mapping[str, Initializer], file: FileIO) -> npt.NDArray[np.int64] | None:
+    """Which column each stored column is; None where they stand in place."""
+    if ORDER not in record.initializers:
+        return None
+    found = initializers.get(record.initializers[ORDER])
+    columns = math.prod(record.shape[1:])
+    if found is None or found.dtype != "int64" or tuple(found.shape) != (columns,):
+        raise ValueError("its order is missing")
+    order = np.frombuffer(_bytes_at(found.offset, found.size, file), "<i8")
+    inside: npt.NDArray[np.int64] = np.clip(order, 0, columns - 1)  # damage shows in the comparison
+    return inside
 
 
 def _initializer(record: WeightRecord, name: str, initializers: Mapping[str, Initializer]) -> Initializer:
@@ -135,35 +164,42 @@ def _bytes_at(offset: int, size: int, file: FileIO) -> bytearray:
     return data
 
 
-Parts = Mapping[str, npt.NDArray[np.generic]]
+def _decoder(format: str) -> tuple[Decoder, int]:
+    """How parts become values, and the columns that rows are padded to a multiple of."""
+    if format in _DENSE:
+        return _dense, 1
+    match = _INTEGERS.fullmatch(format)
+    if match is None or int(match["block"] or _BLOCK) == 0:
+        raise LlamaExportError(f"The reference names an unknown format {format!r}; upgrade llama-export.")
+    integers = _Integers(int(match["bits"]), int(match["block"] or _BLOCK), bool(match["zeros"]), bool(match["offset"]))
+    return integers.decode, integers.block
 
 
 def _dense(parts: Parts) -> Float32:
     return parts["values"].astype(np.float32)
 
 
-def _int8(parts: Parts) -> Float32:
-    return _scaled(parts["codes"].astype(np.float32) - np.float32(128), parts)
+@dataclass(frozen=True)
+class _Integers:
+    """Codes of `bits` in blocks of `block` columns: scale * (code - zero) + offset."""
 
+    bits: int
+    block: int
+    zeros: bool
+    offset: bool
 
-def _int4(parts: Parts) -> Float32:
-    packed = parts["codes"].astype(np.uint8)
-    codes = np.stack((packed & 0x0F, packed >> 4), axis=-1)  # the even column is in the low nibble
-    return _scaled(codes.astype(np.float32).reshape(len(packed), -1) - np.float32(8), parts)
+    def decode(self, parts: Parts) -> Float32:
+        scales = parts["scales"].astype(np.float32)
+        blocks = self._unpacked(parts["codes"]).astype(np.float32).reshape(len(scales), -1, self.block)
+        middle = np.float32(2 ** (self.bits - 1))
+        zeros = self._unpacked(parts["zeros"])[:, : scales.shape[1], None] if self.zeros else middle
+        blocks = (blocks - zeros) * scales[..., None]
+        if self.offset:
+            blocks += parts["offsets"].astype(np.float32)[..., None]
+        return blocks.reshape(len(scales), -1)
 
-
-def _scaled(codes: Float32, parts: Parts) -> Float32:
-    blocks = codes.reshape(len(codes), -1, _BLOCK) * parts["scales"].astype(np.float32)[..., None]
-    if "offsets" in parts:
-        blocks += parts["offsets"].astype(np.float32)[..., None]
-    return blocks.reshape(len(codes), -1)
-
-
-_DECODERS: Mapping[str, Callable[[Parts], Float32]] = {
-    "fp32": _dense,
-    "fp16": _dense,
-    "bf16": _dense,
-    "int8": _int8,
-    "int4": _int4,
-    "int4-offset": _int4,
-}
+    def _unpacked(self, packed: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
+        numbers = packed.astype(np.uint8)
+        if self.bits == 8:
+            return numbers
+        return np.stack((numbers & 0x0F, numbers >> 4), axis=-1).reshape(len(numbers), -1)  # the even one is low

@@ -17,7 +17,8 @@ import llama_export
 import pytest
 import tomllib
 from llama_export.cli import main
-from llama_export.optimize.formats import FORMATS, stored_bytes
+from llama_export.export.gguf import blocks as gguf_blocks
+from llama_export.optimize.formats import PRECISIONS, format_named, stored_bytes
 from llama_export.runtime import GenerationOptions, load
 from llama_export.runtime.bundle import Limits, Manifest, ModelRecord, Shape, Tokens
 from llama_export.runtime.generate import Result
@@ -267,9 +268,11 @@ def test_every_pass_is_described() -> None:
 
 def test_the_bits_of_formats_are_right() -> None:
     rows = {row[0].strip("`"): row[2:4] for row in rows_of(ARCHITECTURE, "format")}
-    assert rows.keys() == FORMATS.keys()
+    assert rows.keys() >= {*PRECISIONS, *(format.name for format in gguf_blocks.FORMATS.values())}
     for name, cells in rows.items():
-        bits = [stored_bytes((1, 64), FORMATS[name], scale_bytes) * 8 / 64 for scale_bytes in (4, 2)]
+        format = format_named(name)
+        assert format is not None
+        bits = [stored_bytes((1, 256), format, scale_bytes) * 8 / 256 for scale_bytes in (4, 2)]
         assert [float(cell) for cell in cells] == bits
 
 

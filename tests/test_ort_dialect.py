@@ -11,8 +11,8 @@ import onnx_ir as ir
 import pytest
 import torch
 from llama_export.export.canonical import canonical
-from llama_export.export.trace import rotary_tables
-from llama_export.optimize.formats import PRECISIONS, plan_formats
+from llama_export.export.rotary import rotary_tables
+from llama_export.optimize.formats import EMBEDDING, INT4, INT8, PRECISIONS, Format, int_format
 from llama_export.optimize.ort import OrtOptions, lower
 from llama_export.optimize.ort.attention import lower_attention
 from llama_export.optimize.ort.last_positions import keep_last_positions
@@ -20,8 +20,10 @@ from llama_export.optimize.ort.linear import lower_linears
 from llama_export.optimize.ort.norms import lower_norms
 from llama_export.optimize.ort.pack_linears import pack_linears
 from llama_export.optimize.ort.pack_qkv import pack_qkv
+from llama_export.optimize.plan import plan_formats
+from llama_export.optimize.quantise import dequantise, quantise
 from llama_export.optimize.stored import stored_of
-from llama_export.optimize.tensors import SourceTensor
+from llama_export.optimize.tensors import Blocks, SourceTensor
 from support.graphs import (
     VARIANTS,
     llama,
@@ -84,46 +86,94 @@ def test_float16_activations(variant: str, precision: str, tmp_path: Path) -> No
     assert np.abs(found - expected).max() < 0.004 * np.abs(expected).max()
 
 
-def with_native_blocks(tensors: dict[str, SourceTensor], dtype: str) -> dict[str, SourceTensor]:
-    """The same matrices as a GGUF file has them, in blocks with or without offsets."""
-    from llama_export.optimize.quantise import dequantise, quantise
-    from llama_export.optimize.tensors import Blocks
+def with_native_blocks(
+    tensors: dict[str, SourceTensor], format: Format, *, ordered: bool = False
+) -> dict[str, SourceTensor]:
+    """The same matrices as checkpoints that come quantised have them; with columns in an order of their own, too."""
 
     def native(tensor: SourceTensor) -> SourceTensor:
-        if len(tensor.shape) == 1:
+        if len(tensor.shape) == 1 or (tensor.name == EMBEDDING and (format.zeros or ordered)):
             return tensor
-        rows = quantise(tensor.read(0, tensor.shape[0]), 8 if dtype == "Q8_0" else 4)
-        offsets = np.random.default_rng(3).standard_normal(rows.scales.shape).astype(np.float32) / 50
-        blocks = Blocks(rows.bits, rows.codes, rows.scales, offsets if dtype == "Q4_1" else None)
+        generator, columns = np.random.default_rng(len(tensor.name)), tensor.shape[1]
+        # As GPTQ has them: the same for projections that read the same values, and for no others.
+        order = np.random.default_rng(columns + ("gate" in tensor.name)).permutation(columns) if ordered else None
+        rows = tensor.read(0, tensor.shape[0])
+        blocks = quantise(rows if order is None else rows[:, order], int_format(format.bits, format.block))
+        points = generator.integers(0, 2**format.bits, blocks.scales.shape).astype(np.uint8)
+        offsets = generator.standard_normal(blocks.scales.shape).astype(np.float32) / 50
+        blocks = Blocks(
+            format, blocks.codes, blocks.scales, points if format.zeros else None, offsets if format.offsets else None
+        )
 
         def part(start: int, stop: int) -> Blocks:
             return Blocks(
-                blocks.bits,
+                format,
                 blocks.codes[start:stop],
                 blocks.scales[start:stop],
+                None if blocks.zeros is None else blocks.zeros[start:stop],
                 None if blocks.offsets is None else blocks.offsets[start:stop],
             )
 
-        return SourceTensor(
-            tensor.name, tensor.shape, dtype, lambda start, stop: dequantise(part(start, stop), tensor.shape[1]), part
-        )
+        def read(start: int, stop: int) -> np.ndarray:
+            stored = dequantise(part(start, stop), columns)
+            if order is None:
+                return stored
+            values = np.empty_like(stored)
+            values[:, order] = stored
+            return values
+
+        return SourceTensor(tensor.name, tensor.shape, "test", format, read, part, order)
 
     return {name: native(tensor) for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("dtype", ["Q4_0", "Q4_1", "Q8_0"])
-def test_native_blocks_are_kept_without_loss(dtype: str, tied: bool, tmp_path: Path) -> None:
-    model = llama(tie_word_embeddings=tied)
-    tensors = with_native_blocks(source_tensors(model), dtype)
+NATIVE = [
+    *(INT4, INT8, int_format(4, 16), int_format(8, 16), int_format(4, 128), int_format(8, 64)),
+    *(int_format(4, offsets=True), int_format(8, offsets=True), int_format(4, 16, offsets=True)),
+    *(int_format(4, zeros=True), int_format(8, zeros=True), int_format(4, 128, zeros=True)),
+]
+
+
+@pytest.mark.parametrize("format", NATIVE, ids=lambda format: format.name)
+def test_native_blocks_are_kept_without_loss(format: Format, tmp_path: Path) -> None:
+    tied = not format.zeros  # no checkpoint has an embedding with zero points
+    check_native(
+        with_native_blocks(source_tensors(llama(num_hidden_layers=2, **WIDE, tie_word_embeddings=tied)), format),
+        tied,
+        tmp_path,
+    )
+
+
+@pytest.mark.parametrize("format", [INT4, int_format(4, 16, zeros=True)], ids=lambda format: format.name)
+def test_columns_in_an_order_of_their_own(format: Format, tmp_path: Path) -> None:
+    tensors = with_native_blocks(
+        source_tensors(llama(num_hidden_layers=2, **WIDE, tie_word_embeddings=False)), format, ordered=True
+    )
+    check_native(tensors, False, tmp_path)
+    model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    inputs = {node.name: node.input[0] for node in model.graph.node if node.op_type == "MatMulNBits"}
+    assert "model.layers.0.self_attn.q_k_v_proj/MatMulNBits" in inputs  # of one order
+    assert "model.layers.0.mlp.gate_proj/MatMulNBits" in inputs  # of two
+    orders = [one for one in model.graph.initializer if one.name.startswith("order.")]
+    assert len(orders) == 3  # shared by all of equal columns
+    assert all(one.external_data for one in orders)
+
+
+WIDE = {"intermediate_size": 256}  # of whole blocks
+
+
+def check_native(tensors: dict[str, SourceTensor], tied: bool, folder: Path) -> None:
+    model = llama(num_hidden_layers=2, **WIDE, tie_word_embeddings=tied)
     formats = plan_formats(tensors, None)
     graph = canonical(model.config, context=CONTEXT)
-    lowered(graph, model.config, tensors, tmp_path, precision=None)
+    lowered(graph, model.config, tensors, folder, precision=None)
     twin = with_stored_weights(model, tensors, formats)
     values = twin.state_dict()["model.layers.1.mlp.up_proj.weight"].numpy()
     assert (values == tensors["model.layers.1.mlp.up_proj.weight"].read(0, values.shape[0])).all()
     ids = np.random.default_rng(2).integers(0, model.config.vocab_size, (2, 9))
-    assert np.abs(run_ort(session(tmp_path / "model.onnx"), ids, (8, 9)) - logits_of(twin, ids)).max() < 1e-4
+    expected = logits_of(twin, ids)
+    found = run_ort(session(folder / "model.onnx"), ids, (8, 9))
+    assert np.abs(found - expected).max() < 1e-4 * max(1, np.abs(expected).max())
 
 
 def test_mixed_formats_keep_projections_apart(tmp_path: Path) -> None:

@@ -6,10 +6,13 @@ https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h; the values equal
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 
-from ...optimize.tensors import BLOCK, Blocks, Float32, SourceTensor, UInt8
+from ...optimize.formats import BLOCK, FLOATS, INT4, INT8, Format, int_format
+from ...optimize.tensors import Blocks, Float32, UInt8
 
 _NIBBLES = np.uint64(0x0F0F0F0F0F0F0F0F)
 _LAYOUTS = {
@@ -17,10 +20,10 @@ _LAYOUTS = {
     "Q4_1": np.dtype([("d", "<f2"), ("m", "<f2"), ("codes", "V16")]),
     "Q8_0": np.dtype([("d", "<f2"), ("codes", "V32")]),
 }
-_EXACT_UP_TO = np.float32(1.0)
-"""fp16 numbers are multiples of 2**-24, so m + 8 d is one too, and float32 holds all of those up to 2**24 * 2**-24."""
-
 BLOCK_TYPES = frozenset(_LAYOUTS)
+
+FORMATS: Mapping[str, Format] = {**FLOATS, "Q4_0": INT4, "Q4_1": int_format(4, offsets=True), "Q8_0": INT8}
+"""Tensor type -> the format that keeps it as it is."""
 
 
 class NotFiniteError(ValueError):
@@ -47,38 +50,20 @@ def decode_blocks(type_name: str, rows: UInt8) -> Blocks:
     """Return stored rows (uint8 [rows, row bytes]) of a block type as codes, scales and offsets.
 
     Q4_0 and Q8_0: w = d * q with signed q, so codes = q + 2**(bits - 1), exactly. Q4_1: w = d * q + m with q from 0, so
-    offsets = m + 8 * d in float32; see `inexact_blocks` for when that rounds. Raises NotFiniteError.
+    offsets = m + 8 * d, which float32 nearly always holds; where it does not, `rounded` counts the block, and a weight
+    may be off by a unit in the last place of itself or the offset, whichever is larger. Raises NotFiniteError.
     """
-    stored, scales = _stored(type_name, rows)
+    format, (stored, scales) = FORMATS[type_name], _stored(type_name, rows)
     if type_name == "Q8_0":
         codes = _byte_codes(stored)
         codes ^= np.uint8(0x80)  # int8 + 128, in two's complement
-        return Blocks(8, codes.reshape(len(rows), -1), scales)
+        return Blocks(format, codes.reshape(len(rows), -1), scales)
     codes = _nibble_codes(stored).reshape(len(rows), -1)
     if type_name == "Q4_0":
-        return Blocks(4, codes, scales)
-    return Blocks(4, codes, scales, _minima(stored).reshape(scales.shape) + np.float32(8) * scales)
-
-
-def inexact_blocks(tensor: SourceTensor, blocks: Blocks, start: int) -> int:
-    """Count the blocks whose `scales * (codes - 2**(bits - 1)) + offsets` differs from the stored values.
-
-    blocks: what `tensor.blocks(start, start + rows)` returned. It is 0 for Q4_0 and Q8_0, and for every Q4_1 block with
-    |m + 8 d| <= 1, which is nearly every block of a trained model and costs one comparison a block. Beyond that the
-    offset may be rounded, and a weight be off by a unit in the last place of itself or the offset, whichever is larger.
-    """
-    if blocks.offsets is None:
-        return 0
-    rows = np.flatnonzero((np.abs(blocks.offsets) > _EXACT_UP_TO).any(axis=1))
-    return sum(_differing_blocks(tensor, blocks, start, int(row)) for row in rows)
-
-
-def _differing_blocks(tensor: SourceTensor, blocks: Blocks, start: int, row: int) -> int:
-    assert blocks.offsets is not None
-    codes = blocks.codes[row].reshape(-1, BLOCK).astype(np.float32) - np.float32(2 ** (blocks.bits - 1))
-    values = blocks.scales[row][:, None] * codes + blocks.offsets[row][:, None]
-    stored = tensor.read(start + row, start + row + 1).reshape(-1, BLOCK)
-    return int((values != stored).any(axis=1).sum())
+        return Blocks(format, codes, scales)
+    exact = _minima(stored).reshape(scales.shape) + 8 * scales.astype(np.float64)
+    offsets = exact.astype(np.float32)
+    return Blocks(format, codes, scales, None, offsets, int(np.count_nonzero(offsets != exact)))
 
 
 def _dequantise(type_name: str, rows: UInt8) -> Float32:

@@ -12,12 +12,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ...errors import LlamaExportError, did_you_mean
-from ...optimize.formats import NATIVE
-from ...optimize.tensors import BLOCK, Blocks, Float32, SourceTensor, UInt8
+from ...optimize.tensors import Blocks, Float32, SourceTensor, UInt8
 from ..config import expected_tensors
 from ..licences import named_licence
 from ..source import Source
-from .blocks import BLOCK_TYPES, NotFiniteError, decode_blocks, decode_values
+from .blocks import BLOCK_TYPES, FORMATS, NotFiniteError, decode_blocks, decode_values
 from .config import check_architecture, generation_config, model_config
 from .file import GgufFile, GgufTensor, read_gguf, read_rows
 from .tokenizer import tokenizer_files
@@ -131,7 +130,8 @@ def _source_tensor(
         )
     rotary = any(part in name for part in _ROTARY_PARTS)
     rows = _Rows(file.path, tensor, config["head_dim"] if rotary else None)
-    return SourceTensor(name, shape, tensor.type, rows.read, rows.blocks if tensor.type in BLOCK_TYPES else None)
+    blocks = rows.blocks if tensor.type in BLOCK_TYPES else None
+    return SourceTensor(name, shape, tensor.type, FORMATS[tensor.type], rows.read, blocks)
 
 
 @dataclass(frozen=True)
@@ -155,16 +155,17 @@ class _Rows:
 
     def blocks(self, start: int, stop: int) -> Blocks:
         """Return rows [start, stop) as stored codes and scales; block types only."""
-        rows, columns, format = stop - start, self.tensor.shape[1], NATIVE[self.tensor.type]
+        rows, columns, format = stop - start, self.tensor.shape[1], FORMATS[self.tensor.type]
         codes = np.empty((rows, columns), np.uint8)
-        scales = np.empty((rows, columns // BLOCK), np.float32)
-        offsets = np.empty_like(scales) if format.offsets else None
+        scales = np.empty((rows, columns // format.block), np.float32)
+        offsets, rounded = np.empty_like(scales) if format.offsets else None, 0
         for here, stored in self._pieces(start, stop):
             piece = self._decoded(decode_blocks, stored)
             codes[here], scales[here] = piece.codes, piece.scales
             if offsets is not None:
                 offsets[here] = piece.offsets
-        return Blocks(format.bits, codes, scales, offsets)
+            rounded += piece.rounded
+        return Blocks(format, codes, scales, None, offsets, rounded)
 
     def _decoded(self, decode: Callable[[str, UInt8], Decoded], stored: UInt8) -> Decoded:
         try:

@@ -8,18 +8,19 @@ outputs logits, present.N.key|value.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from ..formats import Format
-from ..tensors import Float32
+from ..tensors import Float32, Int64
 from .attention import lower_attention
 from .embedding import lower_embedding
 from .last_positions import keep_last_positions
 from .linear import lower_linears
 from .norms import lower_norms
+from .order_inputs import order_inputs
 from .pack_linears import pack_linears
 from .pack_qkv import pack_qkv
 from .vectors import lower_vectors
@@ -30,17 +31,20 @@ MINIMUM_ONNXRUNTIME = "1.23.2"
 @dataclass(frozen=True)
 class OrtOptions:
     """formats: how each checkpoint tensor is stored. rotary: tables of cos and sin [context, head_dim / 2].
-    accuracy_level: MatMulNBits' (4: int8 activations; 0: as the inputs).
+    accuracy_level: MatMulNBits' (4: int8 activations; 0: as the inputs). orders: by checkpoint tensor, the order of its
+    stored columns where that is not the natural one.
     """
 
     formats: Mapping[str, Format]
     rotary: tuple[Float32, Float32]
     accuracy_level: int
+    orders: Mapping[str, Int64] = field(default_factory=dict)
 
 
 def lower(model: ir.Model, options: OrtOptions) -> None:
     """Lower the canonical graph in place; leaves every weight described by `stored.Stored`, none with values."""
     lower_attention(model, options.rotary)
+    order_inputs(model, options.orders)
     pack_linears(model, options.formats)
     pack_qkv(model)
     keep_last_positions(model)

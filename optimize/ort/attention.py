@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from ..graph import MICROSOFT, ROTARY_TABLES, Recorder, add_initializer, ints, nodes_of, producer
+from ..graph import MICROSOFT, ROTARY_TABLES, Recorder, add_initializer, constant, ints, nodes_of, producer
 from ..tensors import Float32
 from .odd_heads import cache_head_dim, positions_of, resized, takes_head
 
@@ -16,7 +16,7 @@ def lower_attention(model: ir.Model, rotary: tuple[Float32, Float32]) -> None:
 
     `position_ids` and the mask made of them go; `attention_mask` [batch, total_sequence] comes: row lengths are its
     sums (contrib op GroupQueryAttention: seqlens_k is the last valid index of each row). The cache becomes as long as
-    the caller's buffer. rotary: the tables of cos and sin [context, head_dim / 2]; stored in the dtype of the
+    the caller's buffer, and a sliding window in the mask becomes the op's own. rotary: the tables of cos and sin [context, head_dim / 2]; stored in the dtype of the
     activations.
     """
     graph = model.graph
@@ -75,6 +75,7 @@ def _lower(attention: ir.Node, lengths: list[ir.Value], tables: list[ir.Value], 
             "scale": attention.attributes["scale"].as_float(),
             "do_rotary": int(positions is None),
             "rotary_interleaved": 0,
+            **_local_window(attention.inputs[3]),
         },
         domain=MICROSOFT,
         num_outputs=3,
@@ -85,6 +86,18 @@ def _lower(attention: ir.Node, lengths: list[ir.Value], tables: list[ir.Value], 
     _replace_merged(graph, attention, lowered.outputs[0], head_dim)
     for scatter, new in zip(scatters, lowered.outputs[1:], strict=True):
         _replace_cache(graph, scatter, new, kv_heads, cache_head_dim(head_dim))
+
+
+def _local_window(mask: ir.Value | None) -> dict[str, int]:
+    """The op's attribute for a mask `key <= query And key > query - window`; none for one without the second part."""
+    both = producer(mask, "And")
+    if both is None:
+        _expect(mask, "LessOrEqual")
+        return {}
+    first = _expect(_expect(both.inputs[1], "Greater").inputs[1], "Sub")
+    window = constant(first.inputs[1])
+    assert window is not None and window.size == 1
+    return {"local_window_size": int(window.reshape(-1)[0])}
 
 
 def _projections(attention: ir.Node, scatters: list[ir.Node]) -> list[ir.Value]:

@@ -9,7 +9,6 @@ import onnx_ir as ir
 from ..formats import EMBEDDING, Format
 from ..graph import Recorder, ints, nodes_of, sizes_of
 from ..stored import Stored, parts_of, store
-from ..tensors import BLOCK
 from .linear import dense_values
 
 _SCOPE = EMBEDDING.removesuffix(".weight")
@@ -32,6 +31,7 @@ def _quantised(graph: ir.Graph, record: Recorder, gather: ir.Node, format: Forma
     weight, ids = gather.inputs
     assert weight is not None and weight.dtype is not None
     parts, (rows, columns) = parts_of(weight), sizes_of(weight)
+    assert not format.zeros, "no checkpoint has an embedding with zero points"
     row_bytes, shape = columns * format.bits // 8, [rows, columns // format.block]
     codes = store(graph, f"{_SCOPE}.codes", [rows, row_bytes], ir.DataType.UINT8, Stored(parts, format, "codes"))
     scales = store(graph, f"{_SCOPE}.scales", shape, weight.dtype, Stored(parts, format, "scales"))
@@ -42,7 +42,7 @@ def _quantised(graph: ir.Graph, record: Recorder, gather: ir.Node, format: Forma
     # Each block of the gathered row plus its own offset.
     offsets = store(graph, f"{_SCOPE}.offsets", shape, weight.dtype, Stored(parts, format, "offsets"))
     own = record("Unsqueeze", record("Gather", offsets, ids, axis=0), ints(graph, -1))
-    total = record("Add", record("Reshape", values, ints(graph, 0, 0, -1, BLOCK)), own)
+    total = record("Add", record("Reshape", values, ints(graph, 0, 0, -1, format.block)), own)
     return record("Reshape", total, ints(graph, 0, 0, -1))
 
 

@@ -10,7 +10,6 @@ from ..formats import Format
 from ..graph import Recorder, ints, sizes_of
 from ..quantise import DENSE
 from ..stored import Stored, parts_of, store
-from ..tensors import BLOCK
 from .pack_linears import Linear, linears_of
 
 
@@ -37,17 +36,21 @@ def _quantised(graph: ir.Graph, record: Recorder, linear: Linear, format: Format
     assert activation is not None
     name = str(linear.matmul.name).removesuffix("/MatMul")
     rows, columns = sizes_of(linear.weight)
-    blocks = -(-columns // format.block)
-    block_bytes = BLOCK * format.bits // 8
+    blocks, block_bytes = format.blocks(columns), format.block * format.bits // 8
     codes = store(
         graph, f"{name}.codes", [rows, blocks, block_bytes], ir.DataType.UINT8, Stored(parts, format, "codes")
     )
     scales = store(graph, f"{name}.scales", [rows, blocks], activation, Stored(parts, format, "scales"))
+    zeros = None
+    if format.zeros:
+        shape = [rows, format.zero_bytes(columns)]
+        zeros = store(graph, f"{name}.zeros", shape, ir.DataType.UINT8, Stored(parts, format, "zeros"))
     product = record.contrib(
         "MatMulNBits",
         x,
         codes,
         scales,
+        *([zeros] if zeros is not None else []),
         K=columns,
         N=rows,
         bits=format.bits,
@@ -59,7 +62,7 @@ def _quantised(graph: ir.Graph, record: Recorder, linear: Linear, format: Format
     # x @ (offset of each block) = (sum of x over each block) @ offsets^T: exact, and a 32nd of the work. A floating
     # zero point inside MatMulNBits would be 20 to 30 times slower and not bit-equal.
     offsets = store(graph, f"{name}.offsets", [rows, blocks], activation, Stored(parts, format, "offsets"))
-    blocked = record("Reshape", x, ints(graph, 0, 0, -1, BLOCK))
+    blocked = record("Reshape", x, ints(graph, 0, 0, -1, format.block))
     sums = record("ReduceSum", blocked, ints(graph, -1), keepdims=0)
     return record("Add", product, record.contrib("FusedMatMul", sums, offsets, transB=1))
 

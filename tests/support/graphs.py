@@ -1,4 +1,4 @@
-"""Tiny Llamas in PyTorch, and their graphs run in ONNX Runtime."""
+"""Tiny models of every family in PyTorch, and their graphs run in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
 import torch
-from llama_export.export.trace import rotary_tables
+from llama_export.export.families import classes
+from llama_export.export.rotary import rotary_tables
 from llama_export.export.write import lay_out, refer, write_data
-from llama_export.optimize.formats import Format, plan_formats
+from llama_export.optimize.formats import FP32, Format
 from llama_export.optimize.ort import OrtOptions, lower
+from llama_export.optimize.plan import column_orders, plan_formats
 from llama_export.optimize.quantise import stored_values
 from llama_export.optimize.tensors import SourceTensor
 from llama_export.progress import Silent
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedConfig, PreTrainedModel
 
 VARIANTS: Mapping[str, dict[str, Any]] = {
     "grouped": {},
@@ -49,11 +51,23 @@ VARIANTS: Mapping[str, dict[str, Any]] = {
             "original_max_position_embeddings": 16,
         }
     },
+    "dynamic-rope": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}},
+    "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 48},
+    "mistral-window": {"model_type": "mistral", "sliding_window": 5},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2-window": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 7,
+        "max_window_layers": 0,
+        "tie_word_embeddings": False,
+    },
 }
+"""Every shape and family that differs in its graph, as changes of a small Llama's config."""
 
 
-def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    """A random Llama in float32 whose norms and biases are not their initial ones and zeros."""
+def llama(seed: int = 0, *, model_type: str = "llama", **changes: Any) -> PreTrainedModel:
+    """A random Llama, or a relative, in float32 whose norms and biases are not their initial ones and zeros."""
     torch.manual_seed(seed)
     settings: dict[str, Any] = {
         "hidden_size": 128,
@@ -68,7 +82,8 @@ def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
         "rms_norm_eps": 1e-5,
         "attn_implementation": "sdpa",
     }
-    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+    family = classes(model_type)
+    model: PreTrainedModel = family.model(family.config(**{**settings, **changes})).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" in name:
@@ -78,31 +93,31 @@ def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     return model
 
 
-def logits_of(model: LlamaForCausalLM, ids: np.ndarray) -> np.ndarray:
+def logits_of(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return model(torch.from_numpy(ids)).logits.float().numpy()
 
 
-def source_tensors(model: LlamaForCausalLM, dtype: str = "F32") -> dict[str, SourceTensor]:
+def source_tensors(model: PreTrainedModel) -> dict[str, SourceTensor]:
     """The weights of `model` as a checkpoint has them; a tied head is absent."""
     state = model.state_dict()
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
 
     def tensor(name: str, values: np.ndarray) -> SourceTensor:
-        return SourceTensor(name, values.shape, dtype, lambda start, stop: values[start:stop])
+        return SourceTensor(name, values.shape, "F32", FP32, lambda start, stop: values[start:stop])
 
     return {name: tensor(name, value.float().numpy()) for name, value in state.items()}
 
 
 def with_stored_weights(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tensors: Mapping[str, SourceTensor],
     formats: Mapping[str, Format],
     scale_dtype: npt.DTypeLike = np.float32,
-) -> LlamaForCausalLM:
+) -> PreTrainedModel:
     """The same model computing with the values that a bundle stores, in float32."""
-    twin = LlamaForCausalLM(model.config).eval()
+    twin = type(model)(model.config).eval()
     state = {
         name: torch.from_numpy(
             np.ascontiguousarray(stored_values(tensor, formats[name], 0, tensor.shape[0], scale_dtype))
@@ -116,7 +131,7 @@ def with_stored_weights(
 
 def lowered(
     canonical: ir.Model,
-    config: LlamaConfig,
+    config: PreTrainedConfig,
     tensors: Mapping[str, SourceTensor],
     folder: Path,
     *,
@@ -126,7 +141,9 @@ def lowered(
 ) -> dict[str, Format]:
     """Lower to the `ort` dialect and write the files into `folder`; return the formats."""
     formats = plan_formats(tensors, precision)
-    lower(canonical, OrtOptions(formats, rotary_tables(config, context), accuracy_level))
+    lower(
+        canonical, OrtOptions(formats, rotary_tables(config, context), accuracy_level, column_orders(tensors, formats))
+    )
     layout = lay_out(canonical)
     write_data(canonical, layout, tensors, folder, Silent(), threads=2)
     refer(canonical, layout, folder)
