@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ..runtime.bundle import GRAPH_FILE
-from .config import LlamaShape
+from .config import ModelShape
 
 SAMPLING_DEFAULTS: Mapping[str, Any] = {
     "do_sample": False,
@@ -41,7 +41,7 @@ _OUTPUTS: Mapping[str, str] = {
 
 
 def genai_config(
-    shape: LlamaShape,
+    shape: ModelShape,
     *,
     context: int,
     bos_token_id: int | None,
@@ -84,7 +84,7 @@ def genai_config(
     }
     return {
         "model": {
-            "type": "llama",
+            "type": shape.family,
             "vocab_size": shape.vocab,
             "context_length": context,
             **{name: value for name, value in tokens.items() if value is not None},

@@ -14,14 +14,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers import PreTrainedConfig
 
 from ..optimize.formats import EMBEDDING, HEAD, Format
 from ..optimize.quantise import stored_values
 from ..optimize.tensors import Float32, SourceTensor
 from ..progress import Progress
 from ..runtime.reference import fingerprint
+from .families import classes
+from .rotary import rotary_embedding
+from .trace import window_of
 
 _STEP = 1 << 22
 """Values that are dequantised at a time."""
@@ -29,35 +31,39 @@ _STEP = 1 << 22
 
 @dataclass
 class ExactModel:
-    """A Llama in float32 whose weights are those of a bundle: `formats` applied to `tensors`, scales in `scale_dtype`.
+    """A model in float32 whose weights are those of a bundle: `formats` applied to `tensors`, scales in `scale_dtype`.
 
+    context: of the bundle, for which the frequencies of the dynamic rope type are fixed.
     fingerprints: of every tensor that was used, by name: sha256 and norm of its dequantised values.
     """
 
-    config: LlamaConfig
+    config: PreTrainedConfig
     tensors: Mapping[str, SourceTensor]
     formats: Mapping[str, Format]
     scale_dtype: npt.DTypeLike
+    context: int
     fingerprints: dict[str, tuple[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.config = copy.deepcopy(self.config)
         self.config._attn_implementation = "sdpa"
+        self._classes = classes(self.config.model_type)
 
     @torch.no_grad()
     def logits(self, sequences: Sequence[Sequence[int]], progress: Progress) -> list[Float32]:
         """The logits [length, vocab] after each token of each sequence, all sequences in one pass over the weights."""
         total = sum(int(np.prod(tensor.shape)) for tensor in self.tensors.values()) * 4
         hidden = self._embed(sequences)
-        rotary = LlamaRotaryEmbedding(self.config)
+        rotary = rotary_embedding(self.config, self.context)
         positions = [torch.arange(len(sequence))[None] for sequence in sequences]
         angles = [rotary(state, position) for state, position in zip(hidden, positions, strict=True)]
+        masks = [_window_mask(len(sequence), window_of(self.config)) for sequence in sequences]
         for index in range(self.config.num_hidden_layers):
             progress.advance(self._used_bytes(), total)
             layer = self._layer(index)
             hidden = [
-                layer(state, attention_mask=None, position_embeddings=angle, position_ids=position)
-                for state, angle, position in zip(hidden, angles, positions, strict=True)
+                layer(state, attention_mask=mask, position_embeddings=angle, position_ids=position)
+                for state, mask, angle, position in zip(hidden, masks, angles, positions, strict=True)
             ]
         progress.advance(self._used_bytes(), total)
         logits = self._head(torch.cat([state[0] for state in hidden]))
@@ -78,9 +84,9 @@ class ExactModel:
         self.fingerprints[EMBEDDING] = fingerprint(passing())
         return [torch.from_numpy(np.stack([rows[token] for token in sequence]))[None] for sequence in sequences]
 
-    def _layer(self, index: int) -> LlamaDecoderLayer:
+    def _layer(self, index: int) -> torch.nn.Module:
         with torch.device("meta"):
-            layer = LlamaDecoderLayer(self.config, index)
+            layer: torch.nn.Module = self._classes.layer(self.config, index)
         prefix = f"model.layers.{index}."
         state = {name: self._whole(prefix + name) for name in layer.state_dict()}
         layer.load_state_dict(state, assign=True)
@@ -88,7 +94,7 @@ class ExactModel:
 
     def _head(self, hidden: torch.Tensor) -> Float32:
         with torch.device("meta"):
-            norm = LlamaRMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
+            norm: torch.nn.Module = self._classes.norm(self.config.hidden_size, self.config.rms_norm_eps)
         norm.load_state_dict({"weight": self._whole("model.norm.weight")}, assign=True)
         normed = norm(hidden)
         name = HEAD if HEAD in self.tensors else EMBEDDING
@@ -117,3 +123,10 @@ class ExactModel:
 
     def _used_bytes(self) -> int:
         return sum(int(np.prod(self.tensors[name].shape)) * 4 for name in self.fingerprints)
+
+
+def _window_mask(length: int, window: int | None) -> torch.Tensor | None:
+    """True where a query sees a key, [1, 1, length, length]; None where it sees all before it, which sdpa knows."""
+    if window is None or window >= length:
+        return None
+    return torch.ones((1, 1, length, length), dtype=torch.bool).tril().triu(1 - window)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from ..errors import LlamaExportError, UsageError, did_you_mean
 from ..optimize.tensors import SourceTensor
 from ..progress import Progress, Silent
-from .config import LlamaShape, check_tensors
+from .config import ModelShape, check_tensors
 from .hub import HubOptions, download_file, download_settings, download_weights
 from .json_object import parse_object
 from .token_ids import TokenIds, token_ids
@@ -43,9 +43,9 @@ class Source:
     native_precision: str | None
 
     @cached_property
-    def shape(self) -> LlamaShape:
+    def shape(self) -> ModelShape:
         """The sizes that config.json gives."""
-        return LlamaShape.from_config(self.config)
+        return ModelShape.from_config(self.config)
 
     @cached_property
     def tokens(self) -> TokenIds:

@@ -1,4 +1,4 @@
-"""transformers' own LlamaForCausalLM, traced without weights: one decoder layer, which `optimize.stamp` repeats.
+"""transformers' own model of the family, traced without weights: one decoder layer, which `optimize.stamp` repeats.
 
 The model is built under FakeTensorMode, so nothing is allocated. Its attention and its cache are replaced through the
 interfaces that transformers offers for that (AttentionInterface, the `past_key_values` object) by the standard ops
@@ -8,22 +8,20 @@ Attention and TensorScatter of opset 24, so the graph has one op where the backe
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers import AttentionInterface, PreTrainedConfig
 
 from ..optimize.formats import EMBEDDING, HEAD
 from ..optimize.graph import INV_FREQ, past_name, present_name
-from ..optimize.tensors import Float32
+from .families import classes
+from .rotary import frequencies, with_fixed_rope
 
 OPSET = 24
 _ATTENTION = "llama_export_onnx"
@@ -80,9 +78,9 @@ AttentionInterface.register(_ATTENTION, _onnx_attention)
 class _Step(torch.nn.Module):
     """One call of the model on new tokens and the cache of the earlier ones, with its mask made from the positions."""
 
-    def __init__(self, model: LlamaForCausalLM, context: int) -> None:
+    def __init__(self, model: torch.nn.Module, context: int, window: int | None) -> None:
         super().__init__()
-        self.model, self.context = model, context
+        self.model, self.context, self.window = model, context, window
 
     def forward(
         self,
@@ -93,7 +91,10 @@ class _Step(torch.nn.Module):
     ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
         cache = _OnnxCache(keys, values, position_ids[:, 0])
         # A key is visible when its index is at most the query's position: causal, and blind to unwritten cache.
-        mask = torch.arange(self.context)[None, None, None, :] <= position_ids[:, None, :, None]
+        keys_at, queries_at = torch.arange(self.context)[None, None, None, :], position_ids[:, None, :, None]
+        mask = keys_at <= queries_at
+        if self.window is not None:
+            mask = mask & (keys_at > queries_at - self.window)
         output = self.model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -105,53 +106,54 @@ class _Step(torch.nn.Module):
         return output.logits, cache.keys, cache.values
 
 
-def trace(config: LlamaConfig, *, context: int, layers: int = 1, dtype: torch.dtype = torch.float32) -> ir.Model:
-    """Trace `layers` decoder layers of a Llama of this config, with a static cache of `context` positions, in opset 24.
+def window_of(config: PreTrainedConfig) -> int | None:
+    """The latest tokens that a token sees, itself included; None for all. Of a config whose layers are alike."""
+    kinds = getattr(config, "layer_types", None) or ("sliding_attention",)
+    return getattr(config, "sliding_window", None) if kinds[0] == "sliding_attention" else None
+
+
+def trace(config: PreTrainedConfig, *, context: int, layers: int = 1, dtype: torch.dtype = torch.float32) -> ir.Model:
+    """Trace `layers` decoder layers of a model of this config, with a static cache of `context` positions, in opset 24.
 
     Inputs: input_ids and position_ids int64 [batch, sequence]; past_key_values.N.key|value [batch, kv_heads, context,
     head_dim]. Outputs: logits [batch, sequence, vocab]; present.N.key|value like the past. Initializers carry their
     Hugging Face names and no values, but for the rotary frequencies, which are computed here by transformers from the
-    config.
+    config and, where their type is dynamic, the context. A sliding window as long as the context is left out.
     """
-    config = copy.deepcopy(config)
-    config.num_hidden_layers = layers
+    turns, window = frequencies(config, context), window_of(config)
+    config = with_fixed_rope(config)
+    _keep_layers(config, layers)
     config._attn_implementation = _ATTENTION
     with _default_dtype(dtype), FakeTensorMode(allow_non_fake_inputs=True), _quiet():
-        step = _Step(LlamaForCausalLM(config).eval(), context)
+        model = classes(config.model_type).model(config).eval()
+        step = _Step(model, context, None if window is None or window >= context else window)
         example, dynamic = _example(config, context, layers, dtype)
         program = torch.export.export(step, example, dynamic_shapes=dynamic, strict=False)
         exported = torch.onnx.export(
             program, example, dynamo=True, opset_version=OPSET, dynamic_shapes=dynamic, optimize=False, verbose=False
         )
     assert exported is not None
-    model = exported.model
-    _rename(model, layers)
-    frequencies = LlamaRotaryEmbedding(config).inv_freq.float().numpy()
-    model.graph.initializers[INV_FREQ].const_value = ir.tensor(frequencies, name=INV_FREQ)
-    return model
+    _rename(exported.model, layers)
+    exported.model.graph.initializers[INV_FREQ].const_value = ir.tensor(turns, name=INV_FREQ)
+    return exported.model
 
 
-def rotary_tables(config: LlamaConfig, context: int) -> tuple[Float32, Float32]:
-    """cos and sin of every position's angles, float32 [context, head_dim / 2].
-
-    Frequencies and their factor are transformers' own, and so are the angles, products in float32; NumPy's cos and sin
-    of them lie within a unit in the last place of torch's.
-    """
-    embedding = LlamaRotaryEmbedding(config)
-    frequencies, factor = embedding.inv_freq.float().numpy(), np.float32(embedding.attention_scaling)
-    angles = np.arange(context, dtype=np.float32)[:, None] * frequencies
-    return np.cos(angles) * factor, np.sin(angles) * factor
+def _keep_layers(config: PreTrainedConfig, layers: int) -> None:
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[:layers]
 
 
 def _example(
-    config: LlamaConfig, context: int, layers: int, dtype: torch.dtype
+    config: PreTrainedConfig, context: int, layers: int, dtype: torch.dtype
 ) -> tuple[tuple[object, ...], tuple[object, ...]]:
     """Example inputs (fake tensors) and which of their dimensions vary; sizes of 2 and 3, since 0 and 1 would
     specialise.
     """
     free = torch.export.Dim.DYNAMIC
     tokens = torch.zeros((2, 3), dtype=torch.long)
-    buffers = [torch.empty((2, config.num_key_value_heads, context, config.head_dim), dtype=dtype)] * (2 * layers)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    buffers = [torch.empty((2, config.num_key_value_heads, context, head_dim), dtype=dtype)] * (2 * layers)
     keys, values = ([buffer.clone() for buffer in half] for half in (buffers[:layers], buffers[layers:]))
     example = (tokens, tokens.clone(), keys, values)
     return example, ({0: free, 1: free}, {0: free, 1: free}, [{0: free}] * layers, [{0: free}] * layers)

@@ -116,14 +116,17 @@ def needed_bytes(load: Load, context: int) -> int:
     return RUNTIME_BYTES + weight_memory(load) + cache + workspace_bytes(load, context)
 
 
-def choose_context(target: Target, load: Load, max_positions: int, requested: int | None = None) -> ContextChoice:
+def choose_context(
+    target: Target, load: Load, max_positions: int, requested: int | None = None, longest: int | None = None
+) -> ContextChoice:
     """The context of a bundle: `requested`, or the smaller of the model's own and what the target's memory allows.
 
-    Raises UsageError when `requested` is above `max_positions` tokens, and LlamaExportError when nothing was requested
-    and the model leaves no room even for a short text.
+    longest: most tokens that may be requested, where the model's rotary embedding stretches beyond `max_positions`.
+    Raises UsageError when `requested` is above these, and LlamaExportError when nothing was requested and the model
+    leaves no room even for a short text.
     """
     if requested is not None:
-        return _requested_context(target, load, max_positions, requested)
+        return _requested_context(target, load, longest or max_positions, requested)
     return default_context(target, load, max_positions)
 
 

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from llama_export.errors import LlamaExportError
 from llama_export.export.config import (
-    LlamaShape,
+    ModelShape,
     check_config,
     check_tensors,
     expected_tensors,
-    llama_config,
-    rope_type,
+    transformers_config,
 )
+from llama_export.export.rope import rope_type
+from llama_export.optimize.formats import FP32
 from llama_export.optimize.tensors import SourceTensor
 
 BASE: dict[str, Any] = {
@@ -46,11 +47,11 @@ def tensors_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, SourceTensor]
     def read(start: int, stop: int) -> np.ndarray:
         raise AssertionError("the checks must not read weights")
 
-    return {name: SourceTensor(name, shape, "F32", read) for name, shape in shapes.items()}
+    return {name: SourceTensor(name, shape, "F32", FP32, read) for name, shape in shapes.items()}
 
 
 def test_the_shape_is_read() -> None:
-    assert LlamaShape.from_config(config(tie_word_embeddings=True, attention_bias=True)) == LlamaShape(
+    assert ModelShape.from_config(config(tie_word_embeddings=True, attention_bias=True)) == ModelShape(
         layers=3,
         hidden=60,
         heads=6,
@@ -61,22 +62,20 @@ def test_the_shape_is_read() -> None:
         max_positions=99,
         tied=True,
         rms_norm_eps=1e-5,
-        attention_bias=True,
-        mlp_bias=False,
+        longest=99,
+        biased=frozenset(f"self_attn.{name}_proj" for name in "qkvo"),
+        window=None,
+        family="llama",
     )
 
 
 def test_defaults_are_those_of_transformers() -> None:
     pytest.importorskip("transformers")
     small = config(num_key_value_heads=None, head_dim=None, max_position_embeddings=None, rms_norm_eps=None)
-    shape, theirs = LlamaShape.from_config(small), llama_config(small)
+    shape, theirs = ModelShape.from_config(small), transformers_config(small)
     assert (shape.kv_heads, shape.head_dim) == (theirs.num_key_value_heads, theirs.head_dim) == (6, 10)
     assert (shape.max_positions, shape.rms_norm_eps) == (theirs.max_position_embeddings, theirs.rms_norm_eps)
-    assert (shape.tied, shape.attention_bias, shape.mlp_bias) == (
-        theirs.tie_word_embeddings,
-        theirs.attention_bias,
-        theirs.mlp_bias,
-    )
+    assert (shape.tied, bool(shape.biased)) == (theirs.tie_word_embeddings, theirs.attention_bias or theirs.mlp_bias)
 
 
 @pytest.mark.parametrize(
@@ -93,10 +92,10 @@ def test_the_expected_tensors_are_those_of_transformers(changes: dict[str, Any])
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(llama_config(config(**changes)))
+        model = transformers.LlamaForCausalLM(transformers_config(config(**changes)))
     theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert expected_tensors(config(**changes)) == theirs
-    assert LlamaShape.from_config(config(**changes)).parameters() == model.num_parameters()
+    assert ModelShape.from_config(config(**changes)).parameters() == model.num_parameters()
 
 
 OLD = {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 32}}
@@ -108,7 +107,7 @@ def test_both_spellings_of_rope_reach_transformers(spelling: dict[str, Any]) -> 
     pytest.importorskip("transformers")
     given = config(**spelling)
     before = copy.deepcopy(given)
-    parameters = llama_config(given).rope_parameters
+    parameters = transformers_config(given).rope_parameters
     assert parameters == LLAMA3 | {"original_max_position_embeddings": 32, "rope_theta": 5e5}
     assert given == before
     assert rope_type(given) == "llama3"
@@ -124,6 +123,8 @@ def test_both_spellings_of_rope_reach_transformers(spelling: dict[str, Any]) -> 
         {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "original_max_position_embeddings": 32},
         OLD,
         {"rope_scaling": LLAMA3},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"rope_theta": None, "rope_parameters": {"rope_type": "dynamic", "factor": 2, "rope_theta": 1e4}},
     ],
 )
 def test_rope_types_that_export(rope: dict[str, Any]) -> None:
@@ -132,7 +133,7 @@ def test_rope_types_that_export(rope: dict[str, Any]) -> None:
 
     given = config(**rope)
     assert check_config(given).head_dim == 14
-    assert LlamaRotaryEmbedding(llama_config(given)).inv_freq.shape == (7,)
+    assert LlamaRotaryEmbedding(transformers_config(given)).inv_freq.shape == (7,)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -143,13 +144,27 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "llama 4": ({"model_type": "llama4"}, r"is Llama 4 \('llama4'\)"),
     "llama 4 text": ({"model_type": "llama4_text", "architectures": None}, r"is Llama 4 \('llama4_text'\)"),
-    "mistral": (
-        {"model_type": "mistral", "architectures": ["MistralForCausalLM"]},
-        r"is mistral / MistralForCausalLM, which is not supported; expected 'llama' \(LlamaForCausalLM\)",
+    "two families": (
+        {"model_type": "mistral"},
+        r"is mistral / LlamaForCausalLM, which is not supported; supported are llama \(LlamaForCausalLM\), mistral",
     ),
+    **{
+        f"{model_type}": (
+            {"model_type": model_type, "architectures": [architecture]},
+            rf"is {model_type} / {architecture}, which is not supported; .*, qwen2 \(Qwen2ForCausalLM\)\.",
+        )
+        for model_type, architecture in {
+            "mixtral": "MixtralForCausalLM",
+            "qwen2_moe": "Qwen2MoeForCausalLM",
+            "qwen3": "Qwen3ForCausalLM",
+            "gemma2": "Gemma2ForCausalLM",
+            "phi3": "Phi3ForCausalLM",
+            "ministral": "MinistralForCausalLM",
+        }.items()
+    },
+    "no model_type": ({"model_type": 7, "architectures": None}, "is 7, which is not supported"),
     "classifier": ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
     "nameless": ({"model_type": None, "architectures": None}, "names neither model_type nor architectures"),
-    "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "already quantised with 'gptq'"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu', but a Llama's is 'silu'"),
     "no layers": ({"num_hidden_layers": None}, "has no num_hidden_layers, which a Llama needs"),
     "zero heads": ({"num_attention_heads": 0}, "num_attention_heads is 0, but a whole number from 1"),
@@ -166,9 +181,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "absurd": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, but a whole number from 1 to 1024"),
     "epsilon": ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, but a number above 1e-13"),
     "tied": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', but true or false"),
-    "dynamic": (
-        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-        "rope type is 'dynamic', which this version does",
+    "dynamic without factor": ({"rope_scaling": {"type": "dynamic"}}, "rope parameters lack factor"),
+    "dynamic below 1": (
+        {"rope_scaling": {"type": "dynamic", "factor": 0.5}},
+        "factor is 0.5, but its rope type stretches the context, by 1 or more",
+    ),
+    "dynamic text": ({"rope_scaling": {"type": "dynamic", "factor": "2"}}, "factor is '2', but a number above 0"),
+    "dynamic nan": ({"rope_scaling": {"type": "dynamic", "factor": float("nan")}}, "factor is nan, but a number"),
+    "dynamic tiny heads": (
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2},
+        "a head_dim of 2, but the dynamic rope type's formula divides by head_dim - 2",
     ),
     "longrope": ({"rope_scaling": {"rope_type": "longrope"}}, "rope type is 'longrope', which this version does not"),
     "unknown rope": ({"rope_scaling": {"type": "lama3"}}, r"'lama3' is unknown; .* Did you mean 'llama3'\?"),
@@ -198,10 +220,61 @@ def test_configs_that_are_refused(case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+QWEN2 = {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "use_sliding_window": True,
+    "sliding_window": 8,
+    "max_window_layers": 0,
+}
+WINDOWS: dict[str, tuple[dict[str, Any], str]] = {
+    "zero": (MISTRAL | {"sliding_window": 0}, "sliding_window is 0, but a whole number from 1"),
+    "negative": (MISTRAL | {"sliding_window": -4096}, "sliding_window is -4096, but a whole number from 1"),
+    "text": (MISTRAL | {"sliding_window": "4096"}, "sliding_window is '4096', but a whole number from 1"),
+    "boolean": (MISTRAL | {"sliding_window": True}, "sliding_window is True, but a whole number from 1"),
+    "a fraction": (QWEN2 | {"sliding_window": 4.5}, "sliding_window is 4.5, but a whole number from 1"),
+    "switch": (QWEN2 | {"use_sliding_window": "yes"}, "use_sliding_window is 'yes', but true or false"),
+    "full layers": (QWEN2 | {"max_window_layers": -1}, "max_window_layers is -1, but a whole number"),
+    "some layers": (
+        QWEN2 | {"max_window_layers": 2},
+        "In this Qwen2 1 of 3 layers have a sliding window and the others see everything, which is not supported",
+    ),
+    "layer types": (
+        QWEN2 | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        "In this Qwen2 1 of 3 layers have a sliding window",
+    ),
+    "mistral by layers": (
+        MISTRAL | {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        "In this Mistral 1 of 3 layers have a sliding window",
+    ),
+    "contradiction": (
+        MISTRAL | {"sliding_window": 8, "layer_types": ["full_attention"] * 3},
+        "layer_types say 'full_attention', but its sliding_window is 8",
+    ),
+    "no window": (
+        QWEN2 | {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 3},
+        "layer_types say 'sliding_attention', but its sliding_window is None",
+    ),
+    "short list": (QWEN2 | {"layer_types": ["sliding_attention"]}, "layer_types must be a list of 3 names"),
+    "no list": (QWEN2 | {"layer_types": "sliding_attention"}, "layer_types must be a list of 3 names"),
+    "no names": (QWEN2 | {"layer_types": [1, 2, 3]}, "layer_types must be a list of 3 names"),
+    "another kind": (QWEN2 | {"layer_types": ["linear_attention"] * 3}, "layer_types has 'linear_attention', but"),
+}
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+def test_windows_that_are_refused(case: str) -> None:
+    changes, message = WINDOWS[case]
+    with pytest.raises(LlamaExportError, match=message) as caught:
+        check_config(config(**changes))
+    assert "\n" not in str(caught.value)
+
+
 def test_what_transformers_refuses_is_told_in_one_line() -> None:
     pytest.importorskip("transformers")
     with pytest.raises(LlamaExportError, match=r"transformers refuses config\.json") as caught:
-        llama_config(config(attention_dropout="much"))
+        transformers_config(config(attention_dropout="much"))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
 
@@ -209,7 +282,7 @@ def test_what_transformers_refuses_is_told_in_one_line() -> None:
 def test_a_config_cannot_choose_code() -> None:
     pytest.importorskip("transformers")
     evil = {"_attn_implementation": "evil/kernels", "attn_implementation": "evil/kernels", "auto_map": {"A": "evil.B"}}
-    theirs = llama_config(config(**evil))
+    theirs = transformers_config(config(**evil))
     assert theirs._attn_implementation != "evil/kernels"
     assert "evil" not in str(theirs.to_dict())
 
@@ -267,6 +340,21 @@ TENSORS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...] | None], str]
         r"holds the tensor model\.layers\.0\.self_attn\.q_proj\.lora_A\.weight, which is no part of a LlamaForCausalLM",
     ),
     "misspelt": ({}, {"model.norm.weigth": (60,)}, r"Did you mean 'model\.norm\.weight'\?"),
+    "no key for it": (
+        QWEN2,
+        {"model.layers.0.self_attn.o_proj.bias": (60,)},
+        r"holds the tensor model\.layers\.0\.self_attn\.o_proj\.bias, which is no part of a Qwen2ForCausalLM",
+    ),
+    "no bias of Qwen2": (
+        QWEN2,
+        {"model.layers.0.self_attn.k_proj.bias": None},
+        r"has no tensor model\.layers\.0\.self_attn\.k_proj\.bias, which config\.json expects",
+    ),
+    "no bias in Mistral": (
+        MISTRAL | {"attention_bias": True},
+        {"model.layers.0.self_attn.q_proj.bias": (84,)},
+        r"self_attn\.q_proj\.bias, which is no part of a MistralForCausalLM",
+    ),
     "tied copy": ({"tie_word_embeddings": True}, {"lm_head.weight": (77, 60)}, "holds the tensor lm_head.weight"),
 }
 

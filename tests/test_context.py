@@ -130,6 +130,14 @@ def test_a_requested_context_beyond_the_model_is_refused() -> None:
         choose_context(with_memory(30), load_1b(), 2048, 2049)
 
 
+def test_a_context_may_be_stretched_where_asked_for() -> None:
+    target = with_memory(30)
+    assert choose_context(target, load_1b(), 2048, 5000, 8192).context == 5000
+    assert choose_context(target, load_1b(), 2048, None, 8192).context == 2048
+    with pytest.raises(UsageError, match=r"--context 8193 is above the 8192 tokens"):
+        choose_context(target, load_1b(), 2048, 8193, 8192)
+
+
 def test_an_assumed_memory_is_called_so() -> None:
     assert "(an assumption)" in default_context(load_target("cpu"), load_1b(), 131_072).reason
     assert "assumption" not in default_context(load_target("jetson-orin-nano-8gb"), load_1b(), 131_072).reason

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from llama_export.export.config import LlamaShape
+from llama_export.export.config import ModelShape
+from llama_export.export.families import FAMILIES
 from llama_export.export.genai_config import genai_config
 
-SHAPE = LlamaShape(
+SHAPE = ModelShape(
     layers=3,
     hidden=96,
     heads=6,
@@ -19,12 +21,11 @@ SHAPE = LlamaShape(
     max_positions=8192,
     tied=True,
     rms_norm_eps=1e-5,
-    attention_bias=False,
-    mlp_bias=False,
+    longest=8192,
 )
 
 
-def make(**changes: Any) -> dict[str, Any]:
+def make(shape: ModelShape = SHAPE, **changes: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "context": 640,
         "bos_token_id": 5,
@@ -32,7 +33,7 @@ def make(**changes: Any) -> dict[str, Any]:
         "pad_token_id": 11,
         "generation": {},
     }
-    return genai_config(SHAPE, **settings | changes)
+    return genai_config(shape, **settings | changes)
 
 
 def test_shape_and_tokens() -> None:
@@ -78,3 +79,8 @@ def test_sampling_follows_generation_config() -> None:
 def test_providers() -> None:
     sessions = [make(provider=name)["model"]["decoder"]["session_options"] for name in ("cpu", "cuda")]
     assert [session["provider_options"] for session in sessions] == [[], [{"cuda": {}}]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_type_is_the_familys(family: str) -> None:
+    assert make(replace(SHAPE, family=family))["model"]["type"] == family

@@ -32,6 +32,7 @@ from support.graphs import (
     run_ort,
     session,
     source_tensors,
+    traced_once,
     with_stored_weights,
 )
 
@@ -51,7 +52,7 @@ def test_lowered_graph_equals_pytorch(variant: str, tmp_path: Path) -> None:
     for precision in ("fp32", "int4"):
         folder = tmp_path / precision
         folder.mkdir()
-        formats = lowered(canonical(model.config, context=CONTEXT), model.config, tensors, folder, precision=precision)
+        formats = lowered(traced_once(model.config), model.config, tensors, folder, precision=precision)
         ids = np.random.default_rng(1).integers(0, model.config.vocab_size, (1, 40))
         expected = logits_of(with_stored_weights(model, tensors, formats), ids)
         graph = session(folder / "model.onnx")
@@ -64,7 +65,7 @@ def test_lowered_graph_equals_pytorch(variant: str, tmp_path: Path) -> None:
 def test_every_precision(precision: str, tied: bool, tmp_path: Path) -> None:
     model = llama(tie_word_embeddings=tied, attention_bias=True)
     tensors = source_tensors(model)
-    formats = lowered(canonical(model.config, context=CONTEXT), model.config, tensors, tmp_path, precision=precision)
+    formats = lowered(traced_once(model.config), model.config, tensors, tmp_path, precision=precision)
     ids = np.random.default_rng(2).integers(0, model.config.vocab_size, (2, 9))
     expected = logits_of(with_stored_weights(model, tensors, formats), ids)
     graph = session(tmp_path / "model.onnx")
@@ -165,7 +166,7 @@ WIDE = {"intermediate_size": 256}  # of whole blocks
 def check_native(tensors: dict[str, SourceTensor], tied: bool, folder: Path) -> None:
     model = llama(num_hidden_layers=2, **WIDE, tie_word_embeddings=tied)
     formats = plan_formats(tensors, None)
-    graph = canonical(model.config, context=CONTEXT)
+    graph = traced_once(model.config)
     lowered(graph, model.config, tensors, folder, precision=None)
     twin = with_stored_weights(model, tensors, formats)
     values = twin.state_dict()["model.layers.1.mlp.up_proj.weight"].numpy()
@@ -181,7 +182,7 @@ def test_mixed_formats_keep_projections_apart(tmp_path: Path) -> None:
     model = llama()
     tensors = source_tensors(model)
     formats = plan_formats(tensors, "int4")
-    graph = canonical(model.config, context=CONTEXT)
+    graph = traced_once(model.config)
     mixed = {**formats, **{name: PRECISIONS["int8"] for name in formats if "v_proj" in name}}
     lower(graph, OrtOptions(mixed, rotary_tables(model.config, CONTEXT), 0))
     attention = next(node for node in graph.graph if node.op_type == "GroupQueryAttention")
@@ -191,7 +192,7 @@ def test_mixed_formats_keep_projections_apart(tmp_path: Path) -> None:
 
 def full_lowering(**changes: object) -> ir.Model:
     config = llama(**changes).config
-    graph = canonical(config, context=CONTEXT)
+    graph = traced_once(config)
     formats = plan_formats(source_tensors(llama(**changes)), "int4")
     lower(graph, OrtOptions(formats, rotary_tables(config, CONTEXT), 4))
     return graph
@@ -219,11 +220,12 @@ def test_tied_embedding_and_head_are_one_description() -> None:
     assert stored_of(graph.initializers["model.embed_tokens.codes"]) == stored_of(graph.initializers["lm_head.codes"])
 
 
-def test_batch_rows_end_at_their_own_positions(tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", ["grouped", "mistral-window"])
+def test_batch_rows_end_at_their_own_positions(variant: str, tmp_path: Path) -> None:
     """Right-padded rows of a batch: each gets the logits of its last valid token, in prefill and in decoding."""
-    model = llama()
+    model = llama(**VARIANTS[variant])
     tensors = source_tensors(model)
-    lowered(canonical(model.config, context=CONTEXT), model.config, tensors, tmp_path, precision="fp32")
+    lowered(traced_once(model.config), model.config, tensors, tmp_path, precision="fp32")
     graph = session(tmp_path / "model.onnx")
     ids = np.random.default_rng(4).integers(0, 259, (2, 7))
     lengths = (7, 4)
@@ -243,7 +245,7 @@ def test_batch_rows_end_at_their_own_positions(tmp_path: Path) -> None:
 
 def test_logits_to_keep_defaults_to_the_last_position(tmp_path: Path) -> None:
     model = llama()
-    lowered(canonical(model.config, context=CONTEXT), model.config, source_tensors(model), tmp_path, precision="fp32")
+    lowered(traced_once(model.config), model.config, source_tensors(model), tmp_path, precision="fp32")
     graph = session(tmp_path / "model.onnx")
     ids = np.random.default_rng(5).integers(0, 259, (1, 6))
     feeds = {"input_ids": ids, "attention_mask": np.ones((1, 6), np.int64)}
@@ -324,7 +326,7 @@ def test_last_positions_sit_before_the_head(graph: ir.Model) -> None:
 def test_models_pass_the_checker_and_old_runtimes(tmp_path: Path) -> None:
     """Nothing beyond opset 21 and IR version 10, which onnxruntime 1.23.2 reads."""
     model = llama()
-    lowered(canonical(model.config, context=CONTEXT), model.config, source_tensors(model), tmp_path, precision="int4")
+    lowered(traced_once(model.config), model.config, source_tensors(model), tmp_path, precision="int4")
     proto = onnx.load(tmp_path / "model.onnx", load_external_data=False)
     assert proto.ir_version == 10
     standard = {node.op_type for node in proto.graph.node if node.domain == ""} - {"SimplifiedLayerNormalization"}

@@ -16,7 +16,7 @@ import pytest
 from llama_export.errors import LlamaExportError
 from llama_export.export import reference as exact
 from llama_export.export.reference import ExactModel
-from llama_export.optimize.formats import plan_formats
+from llama_export.optimize.plan import plan_formats
 from llama_export.optimize.quantise import stored_values
 from llama_export.progress import Silent
 from llama_export.runtime.reference import (
@@ -59,7 +59,7 @@ def test_layer_by_layer_it_is_transformers_model(variant: str, precision: str, m
     formats = plan_formats(tensors, precision)
     generator = np.random.default_rng(1)
     sequences = [generator.integers(0, model.config.vocab_size, length).tolist() for length in (17, 1, 33)]
-    streamed = ExactModel(model.config, tensors, formats, np.float32)
+    streamed = ExactModel(model.config, tensors, formats, np.float32, 64)
     found = streamed.logits(sequences, Silent())
     twin = with_stored_weights(model, tensors, formats)
     for ids, logits in zip(sequences, found, strict=True):
@@ -74,7 +74,7 @@ def test_scales_are_those_that_survive_in_float16() -> None:
     model = llama()
     tensors = source_tensors(model)
     formats = plan_formats(tensors, "int4")
-    found = {dtype: ExactModel(model.config, tensors, formats, dtype) for dtype in ("float16", "float32")}
+    found = {dtype: ExactModel(model.config, tensors, formats, dtype, 64) for dtype in ("float16", "float32")}
     logits = {dtype: one.logits([[3, 5, 7]], Silent())[0] for dtype, one in found.items()}
     assert 0 < np.abs(logits["float16"] - logits["float32"]).max() < 0.1
     name = "model.layers.1.mlp.up_proj.weight"
@@ -88,7 +88,7 @@ def test_the_model_given_is_left_as_it_is() -> None:
     model.config._attn_implementation = "eager"
     before = model.config.to_dict()
     tensors = source_tensors(model)
-    ExactModel(model.config, tensors, plan_formats(tensors, "fp32"), np.float32).logits([[1, 2]], Silent())
+    ExactModel(model.config, tensors, plan_formats(tensors, "fp32"), np.float32, 64).logits([[1, 2]], Silent())
     assert model.config.to_dict() == before
     assert model.config._attn_implementation == "eager"
 
@@ -97,7 +97,7 @@ def test_the_model_given_is_left_as_it_is() -> None:
 def test_progress_grows_to_the_whole(tied: bool) -> None:
     model, heard = llama(tie_word_embeddings=tied), Heard()
     tensors = source_tensors(model)
-    ExactModel(model.config, tensors, plan_formats(tensors, "fp16"), np.float32).logits([[1, 2]], heard)
+    ExactModel(model.config, tensors, plan_formats(tensors, "fp16"), np.float32, 64).logits([[1, 2]], heard)
     done = [one for one, _ in heard.told]
     assert done == sorted(done)
     assert heard.told[-1] == (done[-1], done[-1]) == (sum(math.prod(one.shape) for one in tensors.values()) * 4,) * 2

@@ -11,50 +11,24 @@ import onnx_ir as ir
 import pytest
 import torch
 from llama_export.export.canonical import canonical
-from llama_export.export.trace import rotary_tables, trace
+from llama_export.export.rotary import rotary_tables
+from llama_export.export.trace import trace
 from llama_export.optimize.fuse import fuse
 from llama_export.optimize.fuse.rms_norm import fuse_rms_norm
 from llama_export.optimize.fuse.rotary import fuse_rotary
 from llama_export.optimize.fuse.simplify import simplify
 from llama_export.optimize.fuse.static_reshape import fuse_static_reshape
 from llama_export.optimize.stamp import stamp
-from support.graphs import VARIANTS, llama, logits_of, session, source_tensors
+from support.graphs import VARIANTS, llama, logits_of, run_canonical, saved_canonical
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 CONTEXT = 48
 
 
-def filled(graph: ir.Model, model: object, path: Path) -> Path:
-    """Save the graph with the weights of the PyTorch model."""
-    tensors = source_tensors(model)
-    for name, value in graph.graph.initializers.items():
-        if value.const_value is None:
-            value.const_value = ir.tensor(tensors[name].read(0, tensors[name].shape[0]), name=name)
-    ir.save(graph, path)
-    return path
-
-
-def run_canonical(path: Path, ids: np.ndarray, cuts: tuple[int, ...]) -> np.ndarray:
-    model = session(path)
-    cache = {
-        value.name: np.zeros((len(ids), *value.shape[1:]), np.float32)
-        for value in model.get_inputs()
-        if value.name.startswith("past")
-    }
-    parts, start = [], 0
-    for stop in cuts:
-        positions = np.broadcast_to(np.arange(start, stop), (len(ids), stop - start))
-        logits, *presents = model.run(None, {"input_ids": ids[:, start:stop], "position_ids": positions, **cache})
-        cache = dict(zip(cache, presents, strict=True))
-        parts.append(logits)
-        start = stop
-    return np.concatenate(parts, axis=1)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_canonical_graph_equals_pytorch(variant: str, tmp_path: Path) -> None:
     model = llama(**VARIANTS[variant])
-    path = filled(canonical(model.config, context=CONTEXT), model, tmp_path / "model.onnx")
+    path = saved_canonical(canonical(model.config, context=CONTEXT), model, tmp_path / "model.onnx")
     onnx.checker.check_model(str(path), full_check=True)
     ids = np.random.default_rng(1).integers(0, model.config.vocab_size, (2, 40))
     expected = logits_of(model, ids)

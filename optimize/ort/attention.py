@@ -16,8 +16,8 @@ def lower_attention(model: ir.Model, rotary: tuple[Float32, Float32]) -> None:
 
     `position_ids` and the mask made of them go; `attention_mask` [batch, total_sequence] comes: row lengths are its
     sums (contrib op GroupQueryAttention: seqlens_k is the last valid index of each row). The cache becomes as long as
-    the caller's buffer, and a sliding window in the mask becomes the op's own. rotary: the tables of cos and sin [context, head_dim / 2]; stored in the dtype of the
-    activations.
+    the caller's buffer, and a sliding window in the mask the op's own. rotary: the tables of cos and sin [context,
+    head_dim / 2]; stored in the dtype of the activations.
     """
     graph = model.graph
     dtype = graph.outputs[0].dtype

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
 import torch
+from llama_export.export.canonical import canonical
 from llama_export.export.families import classes
 from llama_export.export.rotary import rotary_tables
 from llama_export.export.write import lay_out, refer, write_data
@@ -93,6 +94,17 @@ def llama(seed: int = 0, *, model_type: str = "llama", **changes: Any) -> PreTra
     return model
 
 
+_TRACED: dict[tuple[str, int], ir.Model] = {}
+
+
+def traced_once(config: PreTrainedConfig, *, context: int = 64) -> ir.Model:
+    """The canonical graph, traced once for each config: tracing takes seconds. It may be changed at will."""
+    key = (config.to_json_string(), context)
+    if key not in _TRACED:
+        _TRACED[key] = canonical(config, context=context)
+    return _TRACED[key].clone()
+
+
 def logits_of(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return model(torch.from_numpy(ids)).logits.float().numpy()
@@ -155,6 +167,34 @@ def session(path: Path) -> onnxruntime.InferenceSession:
     options.log_severity_level = 3  # it warns of every copied cache and of logits_to_keep
     options.intra_op_num_threads = 2
     return onnxruntime.InferenceSession(str(path), options)
+
+
+def saved_canonical(graph: ir.Model, model: PreTrainedModel, path: Path) -> Path:
+    """Save a canonical graph with the weights of the PyTorch model."""
+    tensors = source_tensors(model)
+    for name, value in graph.graph.initializers.items():
+        if value.const_value is None:
+            value.const_value = ir.tensor(tensors[name].read(0, tensors[name].shape[0]), name=name)
+    ir.save(graph, path)
+    return path
+
+
+def run_canonical(path: Path, ids: np.ndarray, cuts: Sequence[int]) -> np.ndarray:
+    """The logits of a canonical graph over pieces of `ids` that end at `cuts`, its cache handed on."""
+    model = session(path)
+    cache = {
+        value.name: np.zeros((len(ids), *value.shape[1:]), np.float32)
+        for value in model.get_inputs()
+        if value.name.startswith("past")
+    }
+    parts, start = [], 0
+    for stop in cuts:
+        positions = np.broadcast_to(np.arange(start, stop), (len(ids), stop - start))
+        logits, *presents = model.run(None, {"input_ids": ids[:, start:stop], "position_ids": positions, **cache})
+        cache = dict(zip(cache, presents, strict=True))
+        parts.append(logits)
+        start = stop
+    return np.concatenate(parts, axis=1)
 
 
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
