@@ -196,8 +196,10 @@ def test_damaged_bytes_never_raise_anything_else(small: Path) -> None:
         (_header(tensors=1) + _tensor_entry("t", (1,) * 5) + bytes(100), "5 dimensions"),
         (_header(tensors=1) + _tensor_entry("t", (0, 4)) + bytes(100), "'t' has 0 columns"),
         (_header(tensors=1) + _tensor_entry("t", (33, 2), kind=2) + bytes(999), "'t' has 33 columns"),
+        (_header(tensors=1) + _tensor_entry("t", (288, 2), kind=12) + bytes(999), "'t' has 288 columns"),
         (_header(tensors=1) + _tensor_entry("t", (32,), kind=2) + bytes(999), "'t' is a vector of type Q4_0"),
-        (_header(tensors=1) + _tensor_entry("t", (256, 1), kind=14) + bytes(999), "'t' has the type Q6_K"),
+        (_header(tensors=1) + _tensor_entry("t", (256,), kind=14) + bytes(999), "'t' is a vector of type Q6_K"),
+        (_header(tensors=1) + _tensor_entry("t", (256, 1), kind=9) + bytes(999), "'t' has the type Q8_1"),
         (_header(tensors=1) + _tensor_entry("t", (4,), kind=9999) + bytes(999), "'t' has the type number 9999"),
         (_header(tensors=1) + _tensor_entry("t", (4,), offset=2**63) + bytes(99), "'t' ends at byte"),
         (_header(tensors=1) + _tensor_entry("t", (2**62, 2**62)) + bytes(99), "'t' ends at byte"),
@@ -217,9 +219,11 @@ def test_what_is_wrong_is_said(tmp_path: Path, content: bytes, why: str) -> None
 
 
 def test_unsupported_type_names_the_supported_ones(tmp_path: Path) -> None:
-    content = _header(tensors=1) + _tensor_entry("output.weight", (256, 1), kind=14) + bytes(999)
-    with pytest.raises(LlamaExportError, match=r"'output.weight'.*Q6_K.*Q4_0, Q4_1, Q8_0, F16, BF16, F32"):
-        read_gguf(_written(tmp_path / "q6.gguf", content))
+    content = _header(tensors=1) + _tensor_entry("output.weight", (256, 1), kind=15) + bytes(999)
+    with pytest.raises(
+        LlamaExportError, match=r"'output.weight'.*Q8_K.*F32, F16, BF16, Q4_0.*Q6_K.*IQ3_S are supported"
+    ):
+        read_gguf(_written(tmp_path / "q8.gguf", content))
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from ... import tables
 from ...errors import LlamaExportError
 from ...optimize.tensors import UInt8
 from ..positioned import read_into
+from .blocks import FORMATS
 
-SUPPORTED_TYPES = ("Q4_0", "Q4_1", "Q8_0", "F16", "BF16", "F32")
 MAX_HEADER = 1 << 25
 """Bytes of metadata and tensor table that are read at most; Llama 3's vocabulary with its merges takes 8 MB."""
 
@@ -49,7 +49,7 @@ class GgufTensor:
     """One entry of the tensor table.
 
     shape: rows first, that is ggml's dimensions reversed: (rows, columns) or (columns,).
-    type: one of SUPPORTED_TYPES. offset: from the start of the file, bytes. size: bytes.
+    type: a key of FORMATS. offset: from the start of the file, bytes. size: bytes.
     """
 
     name: str
@@ -183,10 +183,10 @@ class _Header:
         """Check one entry of the table; `dims` are ggml's, fastest axis first."""
         known = kind in GGMLQuantizationType.__members__.values()
         type_name = GGMLQuantizationType(kind).name if known else f"number {kind}"
-        if type_name not in SUPPORTED_TYPES:
+        if type_name not in FORMATS:
             raise self._bad(
-                f"tensor {name!r} has the type {type_name}, and only {', '.join(SUPPORTED_TYPES)} are supported; "
-                "quantise the model to one of them (llama-quantize --pure)"
+                f"tensor {name!r} has the type {type_name}, and only {', '.join(FORMATS)} are supported; quantise the "
+                "model to one of them (llama-quantize)"
             )
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         if 0 in dims or dims[0] % block:

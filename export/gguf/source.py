@@ -16,8 +16,9 @@ from ...optimize.tensors import Blocks, Float32, SourceTensor, UInt8
 from ..config import expected_tensors
 from ..licences import named_licence
 from ..source import Source
-from .blocks import BLOCK_TYPES, FORMATS, NotFiniteError, decode_blocks, decode_values
+from .blocks import ENCODINGS, FORMATS, decode_blocks, decode_values
 from .config import check_architecture, generation_config, model_config
+from .encoding import NotFiniteError
 from .file import GgufFile, GgufTensor, read_gguf, read_rows
 from .tokenizer import tokenizer_files
 
@@ -130,7 +131,7 @@ def _source_tensor(
         )
     rotary = any(part in name for part in _ROTARY_PARTS)
     rows = _Rows(file.path, tensor, config["head_dim"] if rotary else None)
-    blocks = rows.blocks if tensor.type in BLOCK_TYPES else None
+    blocks = rows.blocks if tensor.type in ENCODINGS else None
     return SourceTensor(name, shape, tensor.type, FORMATS[tensor.type], rows.read, blocks)
 
 
@@ -154,7 +155,7 @@ class _Rows:
         return values
 
     def blocks(self, start: int, stop: int) -> Blocks:
-        """Return rows [start, stop) as stored codes and scales; block types only."""
+        """Return rows [start, stop) as stored codes and scales; types of ENCODINGS only."""
         rows, columns, format = stop - start, self.tensor.shape[1], FORMATS[self.tensor.type]
         codes = np.empty((rows, columns), np.uint8)
         scales = np.empty((rows, columns // format.block), np.float32)

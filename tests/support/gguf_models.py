@@ -60,12 +60,13 @@ def write_llama_gguf(
 ) -> Path:
     """Write a GGUF file of the architecture llama with random weights to `path`, and return it.
 
-    types: Q4_0, Q4_1, Q8_0, F16, BF16 or F32 of all matrices, or of parts by name ({"attn_q": "Q4_0"}), F32 for the
-    others; block types need rows of a multiple of 32 columns.
+    types: any ggml type of all matrices, or of parts by name ({"attn_q": "Q4_0"}), F32 for the others; block types need
+    rows of a multiple of 32 columns, most of 256. Where the gguf package cannot quantise, blocks are random.
     tokenizer: gpt2 (byte-level BPE, with all bytes from 259 ids on) or llama (sentencepiece, at least 300 ids).
     metadata: keys laid over the file's; None leaves a key out. tensors: the same for tensors in GGUF order, as float32.
     """
     config = {
+        "model_type": "llama",
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "num_attention_heads": heads,
@@ -127,12 +128,55 @@ def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, tu
             _add(writer, key, value)
     for name, (values, type_name) in tensors.items():
         kind = gguf.GGMLQuantizationType[type_name]
-        writer.add_tensor(name, quantize(np.ascontiguousarray(values, np.float32), kind), raw_dtype=kind)
+        writer.add_tensor(name, stored_rows(np.ascontiguousarray(values, np.float32), type_name), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+_HALVES: Mapping[str, tuple[tuple[int, float], ...]] = {
+    "Q2_K": ((80, 1.0), (82, 1.5)),
+    "Q3_K": ((108, 1.0),),
+    "Q4_K": ((0, 1.0), (2, 7.5)),
+    "Q5_K": ((0, 1.0), (2, 15.5)),
+    "Q6_K": ((208, 1.0),),
+    **{"IQ1_M": (), "NVFP4": ()},
+    **dict.fromkeys(("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"), ((0, 1.0),)),
+}
+"""Types that the gguf package cannot quantise -> where a block has its scales of half precision, and their relation:
+the minimum's is such that weights are around 0."""
+
+
+def stored_rows(values: np.ndarray, type_name: str) -> np.ndarray:
+    """Return what a GGUF file holds of `values`, float32 [rows, columns], or random blocks of their shape and size."""
+    if type_name not in _HALVES:
+        return quantize(values, gguf.GGMLQuantizationType[type_name])
+    return random_blocks(type_name, values.shape, float(values.std()), seed=values.shape[0])
+
+
+def random_blocks(type_name: str, shape: tuple[int, int], size: float, *, seed: int = 0) -> np.ndarray:
+    """Return rows (uint8 [rows, bytes]) of random blocks whose weights have about the standard deviation `size`."""
+    kind, generator = gguf.GGMLQuantizationType[type_name], np.random.default_rng(seed)
+    columns, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = generator.integers(0, 256, (shape[0] * shape[1] // columns, block_bytes), dtype=np.uint8)
+    _set_scales(type_name, blocks, np.full(len(blocks), 2.0**-8))
+    measured = float(dequantize(blocks, kind).std())
+    _set_scales(type_name, blocks, 2.0**-8 * size / measured * generator.uniform(0.5, 1.5, len(blocks)))
+    return blocks.reshape(shape[0], -1)
+
+
+def _set_scales(type_name: str, blocks: np.ndarray, scales: np.ndarray) -> None:
+    if type_name == "IQ1_M":  # a digit of four bits on top of each of its last four words
+        half, words = scales.astype(np.float16).view(np.uint16), blocks[:, 48:].copy().view(np.uint16)
+        for index in range(4):
+            words[:, index] = words[:, index] & 0x0FFF | (half >> 4 * index & 15) << 12
+        blocks[:, 48:] = words.view(np.uint8)
+    if type_name == "NVFP4":  # four bytes of E4M3, here from 2**-6 to 2**-5
+        blocks[:, :4] = blocks[:, :4] & 7 | 8
+    for at, share in _HALVES[type_name]:
+        blocks[:, at : at + 2] = (share * scales).astype("<f2")[:, None].view(np.uint8)
 
 
 def _write(
