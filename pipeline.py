@@ -22,6 +22,7 @@ from .export.source import Source, open_source
 from .installed import installed_version
 from .optimize.formats import Format, stored_bytes
 from .optimize.plan import column_orders, plan_formats
+from .optimize.requirements import WINDOW_MINIMUM_ONNXRUNTIME
 from .progress import Progress, Silent
 from .runtime.bundle import Limits, Manifest, ModelRecord, Shape, Tokens, seal
 from .runtime.threads import physical_cores
@@ -236,6 +237,7 @@ def _manifest(plan: _Plan) -> Manifest:
     from .optimize.ort.odd_heads import cache_head_dim  # noqa: PLC0415
 
     source, shape, tokens = plan.source, plan.source.shape, plan.source.tokens
+    slides = shape.window_in(plan.context.context) is not None
     return Manifest(
         model=ModelRecord(
             source.model_id,
@@ -259,10 +261,10 @@ def _manifest(plan: _Plan) -> Manifest:
         ),
         limits=Limits(plan.context.context, plan.batch, min(PREFILL_CHUNK, plan.context.context)),
         tokens=Tokens(tokens.bos, tokens.eos, tokens.pad, tokens.add_bos),
-        minimum={"python": "3.10", "onnxruntime": MINIMUM_ONNXRUNTIME},
+        minimum={"python": "3.10", "onnxruntime": WINDOW_MINIMUM_ONNXRUNTIME if slides else MINIMUM_ONNXRUNTIME},
         providers=plan.made.providers,
         tools=tool_versions(),
-        notes=(*plan.made.notes, *model_notes(source.config, plan.context.context)),
+        notes=(*plan.made.notes, *source.notes, *model_notes(source.config, plan.context.context)),
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import LlamaExportError, did_you_mean
 from ..optimize.formats import EMBEDDING, HEAD
+from ..optimize.requirements import WINDOW_MINIMUM_ONNXRUNTIME
 from ..optimize.tensors import SourceTensor
 from .config_values import count, flag, number
 from .families import ALWAYS, FAMILIES, Family, classes, family_of
@@ -112,6 +113,10 @@ class ModelShape:
                 "config.json."
             )
 
+    def window_in(self, context: int) -> int | None:
+        """Return the window of a text of `context` tokens; None where the text lies in it whole."""
+        return None if self.window is None or self.window >= context else self.window
+
     def parameters(self) -> int:
         """Return the number of weights; a tied head counts once."""
         return sum(math.prod(size) for size in _expected(self).values())
@@ -157,8 +162,12 @@ def transformers_config(config: Mapping[str, Any]) -> transformers.PreTrainedCon
 def model_notes(config: Mapping[str, Any], context: int) -> tuple[str, ...]:
     """Return what users of a bundle of `context` tokens should know of its attention: whole sentences, often none."""
     shape, notes = ModelShape.from_config(config), []
-    if shape.window is not None and shape.window < context:
-        notes.append(f"A token sees the latest {shape.window:,} tokens, itself included (a sliding window).")
+    window = shape.window_in(context)
+    if window is not None:
+        notes.append(
+            f"A token sees the latest {window:,} tokens, itself included (a sliding window); this takes onnxruntime "
+            f"{WINDOW_MINIMUM_ONNXRUNTIME} or newer, which a --context of {window} or less would not."
+        )
     if context > shape.max_positions and shape.longest > shape.max_positions:
         base = dynamic_base(config, shape.head_dim, shape.max_positions, context)
         notes.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,37 @@ def test_defaults_of_a_family_are_those_of_transformers(model_type: str) -> None
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_family_may_be_named_by_its_architecture_alone(model_type: str) -> None:
     assert check_config(config(model_type, model_type=...)).family == model_type
+
+
+# Spellings of the rotary embedding
+
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("kind", ROPES)
+def test_old_and_new_spellings_turn_alike(kind: str, model_type: str) -> None:
+    """And as transformers turns heads when it reads the config.json itself."""
+    named = {"rope_type": kind, **ROPES[kind]}
+    old = {"rope_theta": 5e4, "rope_scaling": {"type": kind, **ROPES[kind]} if kind != "default" else None}
+    spellings = (old, {"rope_theta": 5e4, "rope_scaling": named}, {"rope_parameters": {**named, "rope_theta": 5e4}})
+    theirs = classes(model_type)
+    for spelling in spellings:
+        given = config(model_type, **spelling)
+        cos, sin = theirs.rotary(theirs.config(**copy.deepcopy(given)))(torch.zeros(1), torch.arange(64)[None])
+        for mine, both_halves in zip(rotary_tables(transformers_config(given), 64), (cos, sin), strict=True):
+            assert np.abs(np.tile(mine, 2) - both_halves[0].numpy()).max() < 1e-6
 
 
 # Vocabularies
@@ -222,9 +254,10 @@ def test_a_dynamic_rope_up_to_the_original_context_is_the_original_one(tmp_path:
 # The whole way
 
 
-def checkpoint(path: Path, given: dict[str, Any]) -> Path:
+def checkpoint(path: Path, given: dict[str, Any], *, add_bos: bool = True) -> Path:
     """A folder with a random model of this config.json."""
-    write_llama_folder(path, vocab=given["vocab_size"], max_positions=given["max_position_embeddings"])
+    sizes = {"vocab": given["vocab_size"], "max_positions": given["max_position_embeddings"]}
+    write_llama_folder(path, add_bos=add_bos, **sizes)
     write_json(path / "config.json", given | {"bos_token_id": 0, "eos_token_id": [1, 2], "dtype": "float32"})
     write_weights(path, random_weights(given))
     return path
@@ -232,10 +265,12 @@ def checkpoint(path: Path, given: dict[str, Any]) -> Path:
 
 @pytest.mark.parametrize("model_type", ["mistral", "qwen2"])
 def test_a_bundle_of_a_relative_is_built_and_verified(model_type: str, tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path / "model", config(model_type))
+    slides = model_type == "mistral"
+    folder = checkpoint(tmp_path / "model", config(model_type), add_bos=slides)
     report = build(BuildOptions(model=str(folder), target="cpu", output=tmp_path / "bundle", precision="int4"))
-    assert report.manifest.tokens.eos == (1, 2)
-    assert any("the latest 5 tokens" in note for note in report.manifest.notes) == (model_type == "mistral")
+    assert (report.manifest.tokens.eos, report.manifest.tokens.add_bos) == ((1, 2), slides)
+    assert any("the latest 5 tokens" in note for note in report.manifest.notes) == slides
+    assert report.manifest.minimum["onnxruntime"] == ("1.24.0" if slides else "1.23.2")
     bundle = open_bundle(tmp_path / "bundle")
     assert verify(bundle, check_hashes=True, threads=2, progress=Silent()).passed
 

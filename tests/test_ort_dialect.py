@@ -10,7 +10,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from llama_export.export.canonical import canonical
 from llama_export.export.rotary import rotary_tables
 from llama_export.optimize.formats import EMBEDDING, INT4, INT8, PRECISIONS, Format, int_format
 from llama_export.optimize.ort import OrtOptions, lower
@@ -61,9 +60,9 @@ def test_lowered_graph_equals_pytorch(variant: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("tied", [True, False])
-def test_every_precision(precision: str, tied: bool, tmp_path: Path) -> None:
-    model = llama(tie_word_embeddings=tied, attention_bias=True)
+@pytest.mark.parametrize("variant", ["biased", "untied", "odd-sizes", "odd-rows", "qwen2-window"])
+def test_every_precision(precision: str, variant: str, tmp_path: Path) -> None:
+    model = llama(**VARIANTS[variant])
     tensors = source_tensors(model)
     formats = lowered(traced_once(model.config), model.config, tensors, tmp_path, precision=precision)
     ids = np.random.default_rng(2).integers(0, model.config.vocab_size, (2, 9))
@@ -73,12 +72,12 @@ def test_every_precision(precision: str, tied: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("variant", ["grouped", "biased", "head-dim-20"])
+@pytest.mark.parametrize("variant", ["grouped", "biased", "head-dim-20", "odd-rows", "mistral-window"])
 def test_float16_activations(variant: str, precision: str, tmp_path: Path) -> None:
     """What a GPU runs; the CPU's kernels take the same graph. Off by what float16 rounds, and by no more."""
     model = llama(**VARIANTS[variant])
     tensors = source_tensors(model)
-    graph = canonical(model.config, context=CONTEXT, dtype=torch.float16)
+    graph = traced_once(model.config, dtype=torch.float16)
     formats = lowered(graph, model.config, tensors, tmp_path, precision=precision)
     ids = np.random.default_rng(2).integers(0, model.config.vocab_size, (2, 9))
     expected = logits_of(with_stored_weights(model, tensors, formats, np.float16), ids)
@@ -260,7 +259,7 @@ def test_logits_to_keep_defaults_to_the_last_position(tmp_path: Path) -> None:
 
 @pytest.fixture
 def graph() -> ir.Model:
-    return canonical(llama(num_hidden_layers=1, attention_bias=True).config, context=CONTEXT)
+    return traced_once(llama(num_hidden_layers=1, attention_bias=True).config)
 
 
 def test_lower_attention(graph: ir.Model) -> None:

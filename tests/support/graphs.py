@@ -33,6 +33,7 @@ VARIANTS: Mapping[str, dict[str, Any]] = {
     "untied": {"tie_word_embeddings": False},
     "biased": {"attention_bias": True, "mlp_bias": True},
     "odd-sizes": {"vocab_size": 263, "intermediate_size": 77},
+    "odd-rows": {"hidden_size": 72, "head_dim": 16, "intermediate_size": 131, "tie_word_embeddings": False},
     "linear-rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     "yarn": {
         "rope_parameters": {
@@ -94,14 +95,14 @@ def llama(seed: int = 0, *, model_type: str = "llama", **changes: Any) -> PreTra
     return model
 
 
-_TRACED: dict[tuple[str, int], ir.Model] = {}
+_TRACED: dict[tuple[str, int, torch.dtype], ir.Model] = {}
 
 
-def traced_once(config: PreTrainedConfig, *, context: int = 64) -> ir.Model:
+def traced_once(config: PreTrainedConfig, *, context: int = 64, dtype: torch.dtype = torch.float32) -> ir.Model:
     """The canonical graph, traced once for each config: tracing takes seconds. It may be changed at will."""
-    key = (config.to_json_string(), context)
+    key = (config.to_json_string(), context, dtype)
     if key not in _TRACED:
-        _TRACED[key] = canonical(config, context=context)
+        _TRACED[key] = canonical(config, context=context, dtype=dtype)
     return _TRACED[key].clone()
 
 
