@@ -16,7 +16,7 @@ from ..tables import size
 from .config import check_config
 from .json_object import MOST_BYTES, read_object
 from .licences import LEGAL_FILE, folder_licence
-from .prequantised import prequantised_tensors
+from .prequantised import Prequantised, check_quantisation, prequantised_tensors
 from .safetensors_file import open_safetensors, plain_tensor
 from .source import Kind, Source
 
@@ -29,6 +29,8 @@ _COPIED = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+_QUANTISED = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Settings that AutoGPTQ and AutoAWQ write, and the method they are of."""
 _ROWS = 4096
 
 
@@ -38,7 +40,13 @@ def open_folder(path: Path, *, model_id: str, revision: str | None = None, kind:
     Raises LlamaExportError that names the file that is missing or broken.
     """
     config = read_config(path)
-    tensors, native = _tensors(path, config)
+    settings = _quantisation(path, config)
+    stored = open_safetensors(path)
+    if settings is None:
+        found = Prequantised({name: plain_tensor(tensor) for name, tensor in stored.items()}, None)
+    else:
+        found = prequantised_tensors(settings, config, stored)
+    tensors = found.tensors
     if config.get("tie_word_embeddings"):
         tensors = _without_tied_copy(tensors)
     if not (path / "tokenizer.json").is_file():
@@ -51,26 +59,32 @@ def open_folder(path: Path, *, model_id: str, revision: str | None = None, kind:
         tensors=tensors,
         files=_files(path),
         licence=folder_licence(path),
-        native_precision=native,
+        native_precision=found.method,
+        notes=found.notes,
     )
 
 
-def _tensors(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, SourceTensor], str | None]:
-    """The tensors of the folder, and the name of the method where they are quantised."""
-    stored = open_safetensors(path)
-    method = config.get("quantization_config")
-    if not method:
-        return {name: plain_tensor(tensor) for name, tensor in stored.items()}, None
-    return prequantised_tensors(method, stored)
+def _quantisation(path: Path, config: Mapping[str, Any]) -> Any:
+    """What says how the weights are quantised, None when they are not. Before config.json did, files of their own."""
+    if settings := config.get("quantization_config"):
+        return settings
+    for name, method in _QUANTISED.items():
+        if (path / name).is_file():
+            return {"quant_method": method, **read_object(path / name)}
+    return None
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the config.json of a checkpoint folder, after `check_config`. Raises LlamaExportError without one."""
+    """Return the config.json of a checkpoint folder, after `check_config`, and once its quantisation is one that is
+    read. Raises LlamaExportError without one.
+    """
     file = path / "config.json"
     if not file.is_file():
         raise LlamaExportError(_no_config(path))
     config = read_object(file)
     check_config(config)
+    if (settings := _quantisation(path, config)) is not None:
+        check_quantisation(settings)
     return config
 
 

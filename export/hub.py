@@ -24,6 +24,8 @@ _SETTINGS = (
     "chat_template.*",
     "special_tokens_map.json",
     "added_tokens.json",
+    "quantize_config.json",
+    "quant_config.json",
     "README.md",
     "LICEN[CS]E*",
     "NOTICE*",

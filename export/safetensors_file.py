@@ -7,11 +7,12 @@ be, as large as its checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,9 +99,10 @@ class StoredTensor:
     def columns(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Columns [start, stop) of a matrix as stored: [rows, stop - start], one read a row."""
         rows, width = self.shape
+        if (start, stop) == (0, width):
+            return self.array(0, rows)
         part = np.empty((rows, stop - start), _DTYPES[self.dtype])
-        for row in range(rows):
-            self.file.read_into(part[row], self.offset + (row * width + start) * part.itemsize)
+        self.file.read_rows_into(part, self.offset + start * part.itemsize, width * part.itemsize)
         return part
 
     def floats(self, start: int, stop: int) -> Float32:
@@ -120,6 +122,13 @@ class StoredTensor:
             self.file.read_into(part, offset + first * stored.itemsize)
             _widen(part, target, self.dtype)
         return rows
+
+
+def to_floats(stored: npt.NDArray[Any], dtype: str) -> Float32:
+    """What `StoredTensor.array` or `columns` gave of an F32, F16 or BF16 tensor, as float32."""
+    values = np.empty(stored.shape, np.float32)
+    _widen(stored, values, dtype)
+    return values
 
 
 def _widen(part: npt.NDArray[Any], target: Float32, dtype: str) -> None:
@@ -172,8 +181,20 @@ class _File:
 
     def read_into(self, values: npt.NDArray[Any], offset: int) -> None:
         """Fill a contiguous one-dimensional array with the bytes from `offset`."""
-        try:
+        with self._explained():
             read_into(self._descriptor, values.view(np.uint8).data, offset)
+
+    def read_rows_into(self, values: npt.NDArray[Any], offset: int, stride: int) -> None:
+        """Fill each row of a contiguous matrix with the bytes from `offset`, `stride` further for each."""
+        data, row = values.reshape(-1).view(np.uint8).data, values[:1].nbytes
+        with self._explained():
+            for index in range(len(values)):
+                read_into(self._descriptor, data[index * row : (index + 1) * row], offset + index * stride)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise LlamaExportError(f"Reading {self.path} failed: {error.strerror}; check the disk.") from error
         except EOFError as error:

@@ -30,7 +30,9 @@ class Source:
     tensors: by Hugging Face name. A tied `lm_head.weight` is absent, also when the file holds a copy of it.
     files: bundle file name -> where it is, or its content: config.json, generation_config.json, tokenizer.json,
         tokenizer_config.json, chat_template.jinja, special_tokens_map.json, LICENSE, NOTICE, USE_POLICY and the like.
-    native_precision: "gguf" for GGUF files, whose own quantisation is kept by default; None for the others.
+    native_precision: where the weights come quantised, by what, which is kept by default: "gguf", or the quant_method
+        of config.json; None for the others.
+    notes: what users of a bundle should know of the checkpoint: whole sentences.
     """
 
     model_id: str
@@ -41,6 +43,7 @@ class Source:
     files: Mapping[str, Path | bytes]
     licence: str | None
     native_precision: str | None
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def shape(self) -> ModelShape:

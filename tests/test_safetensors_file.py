@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from llama_export.errors import LlamaExportError
 from llama_export.export import safetensors_file
-from llama_export.export.safetensors_file import INDEX, open_file, open_safetensors
+from llama_export.export.safetensors_file import INDEX, open_file, open_safetensors, plain_tensor, to_floats
+from llama_export.optimize.quantise import DENSE
 from safetensors.numpy import save_file
 from support.hf_models import write_json
 
@@ -46,20 +47,41 @@ def test_rows_equal_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     tensors = open_file(tmp_path / "x.safetensors")
     assert {name: tensor.shape for name, tensor in tensors.items()} == {"a": (13, 11), "b": (7,), "scalar": ()}
     for start, stop in ((0, 13), (0, 1), (5, 9), (12, 13), (4, 4)):
-        rows = tensors["a"].read(start, stop)
+        rows = tensors["a"].floats(start, stop)
         assert rows.dtype == np.float32
         assert rows.flags.c_contiguous
         np.testing.assert_array_equal(rows, matrix[start:stop].astype(np.float32))
-    read = tensors["b"].read(0, 7)
+    read = tensors["b"].floats(0, 7)
     np.testing.assert_array_equal(read.view(np.uint32), vector.astype(np.float32).view(np.uint32))
-    assert tensors["a"].blocks is None
-    assert tensors["a"].name == "a"
+    plain = plain_tensor(tensors["a"])
+    assert (plain.name, plain.shape, plain.blocks, plain.order) == ("a", (13, 11), None, None)
+    assert DENSE[plain.format] == dtype
+    np.testing.assert_array_equal(plain.read(2, 13), matrix[2:13].astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_columns_equal_the_library(tmp_path: Path, dtype: Any) -> None:
+    matrix = np.random.default_rng(3).standard_normal((13, 11), dtype=np.float32).astype(dtype)
+    save_file({"before": matrix[:1], "a": matrix}, tmp_path / "x.safetensors")
+    tensor = open_file(tmp_path / "x.safetensors")["a"]
+    for start, stop in ((0, 11), (0, 1), (3, 8), (10, 11), (4, 4)):
+        part = to_floats(tensor.columns(start, stop), tensor.dtype)
+        np.testing.assert_array_equal(part, matrix[:, start:stop].astype(np.float32))
+
+
+def test_packed_numbers_come_as_they_are(tmp_path: Path) -> None:
+    packed = np.arange(-30, 30, dtype=np.int32).reshape(10, 6) << 24
+    save_file({"a": packed, "b": packed.astype(np.int8)}, tmp_path / "x.safetensors")
+    tensors = open_file(tmp_path / "x.safetensors")
+    np.testing.assert_array_equal(tensors["a"].array(3, 7), packed[3:7])
+    np.testing.assert_array_equal(tensors["a"].columns(2, 5), packed[:, 2:5])
+    assert tensors["b"].array(0, 10).dtype == np.int8
 
 
 def test_every_bfloat16_is_widened_exactly(tmp_path: Path) -> None:
     bits = np.arange(1 << 16, dtype=np.uint16)
     save_file({"all": bits.view(ml_dtypes.bfloat16)}, tmp_path / "x.safetensors")
-    rows = open_file(tmp_path / "x.safetensors")["all"].read(0, 1 << 16)
+    rows = open_file(tmp_path / "x.safetensors")["all"].floats(0, 1 << 16)
     np.testing.assert_array_equal(rows.view(np.uint32), bits.astype(np.uint32) << 16)
 
 
@@ -70,7 +92,7 @@ def test_many_threads_read_one_file(tmp_path: Path) -> None:
     expected = matrix.astype(ml_dtypes.bfloat16).astype(np.float32)
 
     def check(start: int) -> bool:
-        return np.array_equal(tensor.read(start, start + 40), expected[start : start + 40])
+        return np.array_equal(tensor.floats(start, start + 40), expected[start : start + 40])
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(check, [start % 360 for start in range(0, 4000, 7)]))
@@ -86,7 +108,7 @@ def test_files_are_closed_with_their_last_tensor(tmp_path: Path) -> None:
     kept = tensors.pop("a")
     del tensors
     assert len(list(descriptors.iterdir())) == before + 1
-    kept.read(0, 1)
+    kept.floats(0, 1)
     del kept
     assert len(list(descriptors.iterdir())) == before
 
@@ -104,7 +126,7 @@ from llama_export.export.safetensors_file import open_file
 tensor = open_file(Path(sys.argv[1]))["a"]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for start in range(0, 65536, 1024):
-    tensor.read(start, start + 1024)
+    tensor.floats(start, start + 1024)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
@@ -132,7 +154,7 @@ def test_shards_with_and_without_an_index(tmp_path: Path, with_index: bool) -> N
     tensors = open_safetensors(tmp_path)
     assert set(tensors) == set(expected)
     for name, tensor in tensors.items():
-        np.testing.assert_array_equal(tensor.read(0, 3), expected[name])
+        np.testing.assert_array_equal(tensor.floats(0, 3), expected[name])
 
 
 def test_only_what_the_index_names_is_read(tmp_path: Path) -> None:
@@ -159,7 +181,7 @@ def test_links_out_of_the_folder_are_followed_since_the_hubs_cache_is_made_of_th
     (tmp_path / "snapshot").mkdir()
     save_file({"a": np.ones(1, np.float32)}, tmp_path / "blobs" / "1234")
     (tmp_path / "snapshot" / "model.safetensors").symlink_to(Path("..") / "blobs" / "1234")
-    assert open_safetensors(tmp_path / "snapshot")["a"].read(0, 1) == [1.0]
+    assert open_safetensors(tmp_path / "snapshot")["a"].floats(0, 1) == [1.0]
 
 
 def lacking_shard(folder: Path) -> None:
@@ -287,11 +309,10 @@ FILES: dict[str, tuple[bytes, str]] = {
         raw({"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 8, 12)}, bytes(12)),
         "the data of b does not follow the tensor before it",
     ),
-    "int8": (
-        raw({"a": entry("I8", [4], 0, 4)}, bytes(4)),
-        "The tensor a in .* is stored as I8, but this version reads F32",
+    "unknown type": (
+        raw({"a": entry("F4", [4], 0, 2)}, bytes(2)),
+        "The tensor a in .* is stored as 'F4', which is no type of safetensors that this version knows",
     ),
-    "fp8": (raw({"a": entry("F8_E4M3", [4], 0, 4)}, bytes(4)), "is stored as F8_E4M3"),
 }
 
 
@@ -304,12 +325,21 @@ def test_files_that_are_refused(tmp_path: Path, case: str) -> None:
     assert "model.safetensors" in str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", ["I8", "F8_E4M3", "I32", "F64"])
+def test_only_floating_point_is_a_weight(tmp_path: Path, dtype: str) -> None:
+    size = {"I32": 16, "F64": 32}.get(dtype, 4)
+    (tmp_path / "model.safetensors").write_bytes(raw({"a": entry(dtype, [4], 0, size)}, bytes(size)))
+    tensor = open_safetensors(tmp_path)["a"]
+    with pytest.raises(LlamaExportError, match=rf"a in .* is stored as {dtype}, but F32, F16, BF16 are read"):
+        plain_tensor(tensor)
+
+
 def test_empty_tensors_and_metadata_are_fine(tmp_path: Path) -> None:
     header = {"__metadata__": {"format": "pt"}, "a": entry("F32", [0, 3], 0, 0), "b": entry("BF16", [2, 0], 0, 0)}
     (tmp_path / "model.safetensors").write_bytes(raw(header))
     tensors = open_safetensors(tmp_path)
-    assert tensors["a"].read(0, 0).shape == (0, 3)
-    assert tensors["b"].read(0, 2).shape == (2, 0)
+    assert tensors["a"].floats(0, 0).shape == (0, 3)
+    assert tensors["b"].floats(0, 2).shape == (2, 0)
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
@@ -317,7 +347,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     tensor = open_safetensors(tmp_path)["a"]
     os.truncate(tmp_path / "model.safetensors", 1000)
     with pytest.raises(LlamaExportError, match="ended at byte 1000 while it was being read"):
-        tensor.read(0, 100)
+        tensor.floats(0, 100)
 
 
 def test_a_file_that_is_a_folder(tmp_path: Path) -> None:
