@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import onnx
 import pytest
-from llama_export.benchmarks import export, gguf_export, report, run
+from llama_export.benchmarks import depth, export, gguf_export, report, run
 from llama_export.benchmarks.checkpoints import SHAPES, Config, byte_tokenizer, tensors, write_checkpoint
 from llama_export.benchmarks.measure import measure
 from llama_export.benchmarks.workers import protocol
@@ -125,6 +125,18 @@ def test_gguf_holds_the_checkpoint_in_q4_0(tmp_path: Path, shape: Config) -> Non
         500000.0,
     )
     assert after.config["tie_word_embeddings"] is shape["tie_word_embeddings"]
+
+
+def test_what_depth_costs_is_measured_for_every_published_depth() -> None:
+    pytest.importorskip("torch", reason="tracing needs PyTorch")
+    layers = [SHAPES[name]["num_hidden_layers"] for name in depth.depths()]
+    assert layers == sorted({config["num_hidden_layers"] for name, config in SHAPES.items() if name != "llama-tiny"})
+    found = depth.one("llama-3.2-1b", context=64)
+    assert tuple(found["seconds"]) == depth.STAGES
+    assert found["data_bytes"] > 1_235_814_400 * 5 // 8
+    rows = [depth.row("llama-3.2-1b", [{**found, "peak_rss": 1}, {**found, "peak_rss": 3}])]
+    assert (rows[0]["layers"], rows[0]["peak_rss"]) == (16, 2)
+    assert f"| 16 | {found['nodes']} |" in depth.markdown(rows)
 
 
 def test_memory_of_children_counts_and_mapped_files_are_told_apart(tmp_path: Path) -> None:
