@@ -87,6 +87,7 @@ def neighbours(graph: ir.Model) -> list[tuple[object, ...]]:
     for node in graph.graph:
         attributes = sorted((key, str(attribute.value)) for key, attribute in node.attributes.items())
         found.append((node.op_type, str(attributes), str([seen(value, 6) for value in node.inputs])))
+    found += [("output", str(value.name), str(seen(value, 6))) for value in graph.graph.outputs]
     return sorted(found)
 
 
