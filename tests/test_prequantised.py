@@ -190,7 +190,7 @@ def test_real_biases_are_kept_and_unexpected_ones_told(tmp_path: Path) -> None:
     check(tmp_path / "m", contents)
     bias = {"model.layers.0.self_attn.q_proj.bias": np.ones(160, np.float16)}
     write(tmp_path / "n", gptq_settings(4, 32, False), gptq_parts, extra=bias)
-    with pytest.raises(Exception, match="config.json does not say attention_bias: true"):
+    with pytest.raises(Exception, match=r"config\.json does not say attention_bias: true"):
         open_source(str(tmp_path / "n"))
 
 

@@ -23,7 +23,7 @@ from ...optimize.tensors import UInt8
 from ..safetensors_file import StoredTensor, to_floats
 from .grouped import GroupedMatrix, Groups
 from .modules import FLOATING, WHOLE, Module
-from .packing import unpack, unshuffle
+from .packing import unpack, unpack_shuffled
 from .stripes import Columns, Stripes
 
 PARTS = ("qweight", "qzeros", "scales")
@@ -96,7 +96,7 @@ def _numbers(packed: Columns, start: int, stop: int) -> UInt8:
     """The numbers of outputs [start, stop): uint8 [outputs, rows of the stored matrix]."""
     first = start // _WORD
     words = packed(first, -(-stop // _WORD))
-    return unshuffle(unpack(words, _BITS))[:, start - first * _WORD : stop - first * _WORD].T
+    return unpack_shuffled(words)[start - first * _WORD : stop - first * _WORD]
 
 
 def _read_gemv(module: Module, settings: AwqSettings) -> GroupedMatrix:

@@ -17,8 +17,8 @@ from ...optimize.tensors import UInt8
 UNIT = 32
 """Numbers that always begin at the start of a word; they fill `bits` words."""
 
-_NIBBLES = np.uint32(0x0F0F0F0F)
-_AWQ_PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])
+_NIBBLES = np.uint16(0x0F0F)
+_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where each of eight neighbours is in a word: AutoAWQ puts 0, 2, 4, 6, 1, 3, 5, 7 into it, from the lowest bits on."""
 
 
@@ -42,12 +42,18 @@ def unpack(words: npt.NDArray[Any], bits: int) -> UInt8:
 
 
 def _nibbles(stored: npt.NDArray[Any]) -> UInt8:
-    codes = np.empty((*stored.shape, 4, 2), np.uint8)
-    codes[..., 0] = (stored & _NIBBLES).view(np.uint8).reshape(*stored.shape, 4)
-    codes[..., 1] = ((stored >> np.uint32(4)) & _NIBBLES).view(np.uint8).reshape(*stored.shape, 4)
-    return codes.reshape(len(stored), -1)
+    pairs = stored.view(np.uint8).astype("<u2")  # each byte becomes two: 0x00hl, 0x0hhl, 0x0h0l
+    pairs |= pairs << 4
+    pairs &= _NIBBLES
+    return pairs.view(np.uint8)
 
 
-def unshuffle(codes: UInt8) -> UInt8:
-    """Rows of 4-bit numbers in the order of AWQ's words, put into their own."""
-    return codes.reshape(len(codes), -1, 8)[..., _AWQ_PLACES].reshape(len(codes), -1)
+def unpack_shuffled(words: npt.NDArray[Any]) -> UInt8:
+    """Rows of AWQ's words (int32 [rows, words]) as uint8 [words * 8, rows]: transposed, since rows are short here."""
+    columns = np.ascontiguousarray(words.T).view("<u4")
+    codes = np.empty((len(columns), len(_AWQ_PLACES), columns.shape[1]), np.uint8)
+    shifted = np.empty_like(columns)
+    for index, place in enumerate(_AWQ_PLACES):
+        np.right_shift(columns, np.uint32(4 * place), out=shifted)
+        codes[:, index] = shifted.astype(np.uint8) & np.uint8(15)
+    return codes.reshape(-1, columns.shape[1])
