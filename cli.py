@@ -26,6 +26,7 @@ from .progress import Terminal
 from .settings import settings_problem
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
+ADAPTER_MODES = ("merge", "runtime")
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -45,6 +46,20 @@ def main() -> None:
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Most texts at once.")
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @click.option("--token", help="Access token for the hub; default: HF_TOKEN.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="DIR[:WEIGHT]",
+    help="A LoRA adapter in peft's format; may be given several times.",
+)
+@click.option(
+    "--adapter-mode",
+    type=click.Choice(ADAPTER_MODES),
+    default=ADAPTER_MODES[0],
+    show_default=True,
+    help="Merge adapters into the weights, or keep them beside them, for `run --adapter NAME`.",
+)
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Where downloads are kept; default: below HF_HOME.")
 @click.option("--no-reference", is_flag=True, help="Leave out PyTorch's answers: quicker, but `verify` cannot compare.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is there already.")
@@ -54,8 +69,8 @@ def build(*, no_reference: bool, as_json: bool, quiet: bool, **options: Any) -> 
     """Turn a checkpoint into a bundle for a target."""
     need_build_machine()
     need_extra("build,cpu", ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"), "Building a bundle")
-    from .pipeline import BuildOptions
     from .pipeline import build as build_bundle
+    from .planning import BuildOptions
 
     with Terminal(quiet=quiet) as progress:
         report = build_bundle(BuildOptions(reference=not no_reference, **options), progress=progress)
@@ -149,6 +164,7 @@ def doctor(context: click.Context, as_json: bool) -> None:
 @click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1: say less again.")
 @click.option("--seed", type=int, help="Of the random numbers: the same seed, the same text.")
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
+@click.option("--adapter", help="Write with this adapter of the bundle; see `inspect`.")
 @threads_option
 @click.option("--check-hashes", is_flag=True, help="Compare every file with the manifest again.")
 @json_option
@@ -161,6 +177,7 @@ def run(
     system: str | None,
     max_new_tokens: int,
     stop: tuple[str, ...],
+    adapter: str | None,
     threads: int | None,
     check_hashes: bool,
     as_json: bool,
@@ -172,4 +189,4 @@ def run(
 
     options = GenerationOptions(max_new_tokens, SamplingOptions(**sampling), stop)
     request = terminal.RunRequest(prompt, chat, system, options, as_json=as_json, quiet=quiet)
-    terminal.run(load(bundle, threads=threads, check_hashes=check_hashes, chat=chat), request)
+    terminal.run(load(bundle, threads=threads, check_hashes=check_hashes, chat=chat, adapter=adapter), request)

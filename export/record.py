@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from ..runtime.reference import (
     fingerprint,
 )
 from ..runtime.threads import physical_cores
+from .adapters import Adapter
 from .config import transformers_config
 from .reference import ExactModel
 from .rotary import rotary_tables
@@ -53,6 +55,10 @@ PROMPTS: Mapping[str, str] = {
 }
 
 
+_ADAPTER_PROMPTS = 2
+"""Recorded of an adapter: its graph is the model's, which has been through all prompts."""
+
+
 def record_reference(
     source: Source,
     placements: Mapping[str, Placement],
@@ -65,26 +71,57 @@ def record_reference(
 
     placements: where each checkpoint tensor is stored, see `write.placements`.
     """
-    prompts = _prompts(source, manifest)
-    continued = _propose(prompts, folder, manifest)
     formats = {name: placement.format for name, placement in placements.items()}
-    scales = np.dtype(manifest.shape.cache_dtype)
-    context = manifest.limits.context
-    model = ExactModel(transformers_config(source.config), source.tensors, formats, scales, context)
-    logits = model.logits(list(continued.values()), progress)
+    model = _exact_model(source, formats, manifest)
+    prompts, logits = _recorded(model, _prompts(source, manifest), folder, manifest, progress)
+    weights = tuple(_weight(name, source, placements[name], model) for name in source.tensors)
+    tables = (*_tables(model.config, manifest), *_orders(source, formats))
     index = Index(
-        SCHEMA_VERSION,
-        source.model_id,
-        source.revision,
-        manifest.shape.vocab,
-        tuple(
-            _proven(name, prompts[name], ids, rows) for (name, ids), rows in zip(continued.items(), logits, strict=True)
-        ),
-        tuple(_weight(name, source, placements[name], model) for name in source.tensors),
-        (*_tables(model.config, manifest), *_orders(source, formats)),
-        tools,
+        SCHEMA_VERSION, source.model_id, source.revision, manifest.shape.vocab, prompts, weights, tables, tools
     )
-    return Reference(index, Logits.joined([compress(rows) for rows in logits]))
+    return Reference(index, logits)
+
+
+def record_adapter(
+    source: Source,
+    adapter: Adapter,
+    matrices: Sequence[WeightRecord],
+    formats: Mapping[str, Format],
+    folder: Path,
+    manifest: Manifest,
+    tools: Mapping[str, str],
+    progress: Progress,
+) -> Reference:
+    """Make the reference of an adapter that lies in the bundle beside the weights: transformers' layers on the stored
+    weights with what the adapter adds. matrices: what `write_adapter` recorded.
+    """
+    model = replace(_exact_model(source, formats, manifest), added=adapter.parts)
+    kept = dict(list(_prompts(source, manifest).items())[:_ADAPTER_PROMPTS])
+    prompts, logits = _recorded(model, kept, folder, manifest, progress, adapter.name)
+    vocab = manifest.shape.vocab
+    index = Index(SCHEMA_VERSION, source.model_id, source.revision, vocab, prompts, tuple(matrices), (), tools)
+    return Reference(index, logits)
+
+
+def _exact_model(source: Source, formats: Mapping[str, Format], manifest: Manifest) -> ExactModel:
+    scales, context = np.dtype(manifest.shape.cache_dtype), manifest.limits.context
+    return ExactModel(transformers_config(source.config), source.tensors, formats, scales, context)
+
+
+def _recorded(
+    model: ExactModel,
+    prompts: Mapping[str, Sequence[int]],
+    folder: Path,
+    manifest: Manifest,
+    progress: Progress,
+    adapter: str | None = None,
+) -> tuple[tuple[Prompt, ...], Logits]:
+    """The prompts with their greedy continuations, and what PyTorch computes for them."""
+    continued = _propose(prompts, folder, manifest, adapter)
+    logits = model.logits(list(continued.values()), progress)
+    pairs = zip(continued.items(), logits, strict=True)
+    proven = tuple(_proven(name, prompts[name], ids, rows) for (name, ids), rows in pairs)
+    return proven, Logits.joined([compress(rows) for rows in logits])
 
 
 def _prompts(source: Source, manifest: Manifest) -> dict[str, list[int]]:
@@ -105,11 +142,13 @@ def _prompts(source: Source, manifest: Manifest) -> dict[str, list[int]]:
     return {name: ids[:length] for name, ids in found.items()}
 
 
-def _propose(prompts: Mapping[str, Sequence[int]], folder: Path, manifest: Manifest) -> dict[str, list[int]]:
+def _propose(
+    prompts: Mapping[str, Sequence[int]], folder: Path, manifest: Manifest, adapter: str | None
+) -> dict[str, list[int]]:
     """Each prompt with the greedy continuation that the exported graph gives in full precision."""
     graph = with_accuracy_level((folder / GRAPH_FILE).read_bytes(), 0)
     bundle = Bundle(folder, manifest, manifest_sha256="")
-    replay = BatchReplay(bundle, len(prompts), model=graph, threads=physical_cores())
+    replay = BatchReplay(bundle, len(prompts), model=graph, threads=physical_cores(), adapter=adapter)
     ids = np.array(list(prompts.values()), np.int64)
     steps = min(CONTINUATION, manifest.limits.context - ids.shape[1])
     new, tokens = ids, [ids]

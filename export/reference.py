@@ -21,6 +21,7 @@ from ..optimize.quantise import stored_values
 from ..optimize.tensors import Float32, SourceTensor
 from ..progress import Progress
 from ..runtime.reference import fingerprint
+from .adapters import LowRank
 from .families import classes
 from .rotary import rotary_embedding
 from .trace import window_of
@@ -33,7 +34,8 @@ _STEP = 1 << 22
 class ExactModel:
     """A model in float32 whose weights are those of a bundle: `formats` applied to `tensors`, scales in `scale_dtype`.
 
-    context: of the bundle, for which the frequencies of the dynamic rope type are fixed.
+    context: of the bundle, for which the frequencies of the dynamic rope type are fixed. added: what an adapter adds to
+    stored weights, its matrices in `scale_dtype` too.
     fingerprints: of every tensor that was used, by name: sha256 and norm of its dequantised values.
     """
 
@@ -42,6 +44,7 @@ class ExactModel:
     formats: Mapping[str, Format]
     scale_dtype: npt.DTypeLike
     context: int
+    added: Mapping[str, LowRank] = field(default_factory=dict)
     fingerprints: dict[str, tuple[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -119,7 +122,10 @@ class ExactModel:
         step = max(1, _STEP // int(np.prod(tensor.shape[1:])))
         for start in range(0, tensor.shape[0], step):
             stop = min(tensor.shape[0], start + step)
-            yield start, np.ascontiguousarray(stored_values(tensor, format, start, stop, self.scale_dtype))
+            rows = stored_values(tensor, format, start, stop, self.scale_dtype)
+            if name in self.added:
+                rows = rows + self.added[name].delta(start, stop, self.scale_dtype)
+            yield start, np.ascontiguousarray(rows)
 
     def _used_bytes(self) -> int:
         return sum(int(np.prod(self.tensors[name].shape)) * 4 for name in self.fingerprints)

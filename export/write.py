@@ -71,7 +71,8 @@ def lay_out(model: ir.Model) -> Layout:
 
 def _inline(name: str, value: ir.Value) -> bool:
     assert value.const_value is not None, f"{name} has neither values nor a description"
-    small = value.const_value.nbytes <= _INLINE and len(value.const_value.shape) < 2
+    size = value.const_value.nbytes
+    small = size == 0 or (size <= _INLINE and len(value.const_value.shape) < 2)
     return small and not name.startswith(ORDER)
 
 

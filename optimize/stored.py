@@ -13,7 +13,7 @@ from .formats import Format
 from .graph import sizes_of
 
 Role = Literal["values", "codes", "scales", "zeros", "offsets"]
-_STORED, _PARTS = "stored", "parts"
+_STORED, _PARTS, _ROWS = "stored", "parts", "rows"
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,18 @@ def parts_of(weight: ir.Value) -> tuple[str, ...]:
     return parts
 
 
+def rows_of_parts(weight: ir.Value) -> tuple[int, ...]:
+    """How many rows each of `parts_of` has."""
+    rows: tuple[int, ...] = weight.meta.get(_ROWS, (sizes_of(weight)[0],))
+    return rows
+
+
 def stacked(graph: ir.Graph, name: str, weights: list[ir.Value]) -> ir.Value:
     """A new weight: the rows of `weights` one after another."""
     rows = sum(sizes_of(weight)[0] for weight in weights)
     value = ir.Value(name=name, shape=ir.Shape([rows, *sizes_of(weights[0])[1:]]), type=weights[0].type)
     value.meta[_PARTS] = tuple(part for weight in weights for part in parts_of(weight))
+    value.meta[_ROWS] = tuple(count for weight in weights for count in rows_of_parts(weight))
     graph.initializers[name] = value
     return value
 

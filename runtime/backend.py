@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError
+from .adapters import Matrices, adapter_inputs, load_adapter, no_adapter
 from .arrays import Float32, Int64
 from .bundle import Bundle, Shape
 from .cache import lazy_zeros
@@ -55,6 +56,9 @@ class Backend(Protocol):
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
 
+    def use_adapter(self, name: str | None) -> None:
+        """Go on with an adapter, None for none, and forget the sequence."""
+
 
 class OnnxRuntimeBackend:
     """A `Backend` on ONNX Runtime, CPU or CUDA as the manifest's first provider says."""
@@ -72,12 +76,15 @@ class OnnxRuntimeBackend:
         model: bytes | None = None,
         threads: int | None = None,
         capacity: int | None = None,
+        adapter: str | None = None,
     ) -> None:
         """Load the graph.
 
         model: another graph than the bundle's model.onnx, with the same inputs, outputs and weights. threads: default,
-        the physical cores. capacity: tokens that the cache holds; default and at most, the manifest's context. Raises
-        LlamaExportError as `open_session` does, UsageError when an argument is out of range.
+        the physical cores. capacity: tokens that the cache holds; default and at most, the manifest's context. adapter:
+        as in `use_adapter`. Raises LlamaExportError as `open_session` does, UsageError when an argument is out of
+        range.
+
         """
         manifest = bundle.manifest
         self.threads = choose_threads(threads)
@@ -100,7 +107,12 @@ class OnnxRuntimeBackend:
         self._logits_dtype = np.dtype("float16" if "float16" in self._session.get_outputs()[0].type else "float32")
         self._last = np.zeros((1, 1, self.vocab), self._logits_dtype)
         self._cache = self._make_cache(manifest.shape)
+        self._bundle = bundle
+        self.matrices: Matrices = {}
+        self._adapter_inputs = adapter_inputs(self._session)
         self._binding = self._bind()
+        if self._adapter_inputs or adapter is not None:
+            self.use_adapter(adapter)
 
     def extend(self, ids: TokenIds, keep: int = 1) -> Float32:
         """Append tokens, a chunk at a time; see `Backend.extend`.
@@ -140,6 +152,20 @@ class OnnxRuntimeBackend:
         if not 0 <= length <= self.length:
             raise UsageError(f"The sequence can be rewound to a length from 0 to {self.length}, not {length}.")
         self.length = length
+
+    def use_adapter(self, name: str | None) -> None:
+        """Go on as the model with an adapter of the bundle, None for the model itself, and forget the sequence.
+
+        Raises UsageError when the bundle has no such adapter, LlamaExportError when its file is damaged.
+        """
+        dtype = np.dtype(self._bundle.manifest.shape.cache_dtype)
+        inputs = self._adapter_inputs
+        matrices = no_adapter(inputs, dtype) if name is None else load_adapter(self._bundle, name, inputs)
+        make = self._ort.OrtValue.ortvalue_from_numpy
+        for input_name, matrix in matrices.items():
+            self._binding.bind_ortvalue_input(input_name, make(matrix, self._device, 0))
+        self.matrices = matrices  # on the CPU the bound values share their memory
+        self.length = 0
 
     def _require_room(self, count: int) -> None:
         if self.length + count > self.capacity:

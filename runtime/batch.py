@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .adapters import adapter_inputs, load_adapter
 from .arrays import Float32, Int64
 from .bundle import Bundle
 from .session import PAST, PRESENT, cache_names, import_onnxruntime, one_sentence, open_session
@@ -17,14 +18,15 @@ from .session import PAST, PRESENT, cache_names, import_onnxruntime, one_sentenc
 class BatchReplay:
     """The graph of a bundle over `rows` texts at once. model: another graph than the bundle's model.onnx."""
 
-    def __init__(self, bundle: Bundle, rows: int, *, model: bytes, threads: int) -> None:
-        """Raises LlamaExportError as `open_session` does."""
+    def __init__(self, bundle: Bundle, rows: int, *, model: bytes, threads: int, adapter: str | None = None) -> None:
+        """adapter: the name of one of the bundle's. Raises LlamaExportError as `open_session` and `load_adapter` do."""
         shape = bundle.manifest.shape
         self._ort = import_onnxruntime(bundle.manifest)
         self._session = open_session(bundle, model, threads)
         empty = np.zeros((rows, shape.kv_heads, 0, shape.head_dim), np.dtype(shape.cache_dtype))
         self._past = dict.fromkeys(cache_names(shape), empty)
         self._outputs = ["logits", *(PRESENT + name for name in self._past)]
+        self._adapter = load_adapter(bundle, adapter, adapter_inputs(self._session)) if adapter is not None else {}
         self._length = 0
 
     def extend(self, ids: Int64) -> Float32:
@@ -36,6 +38,7 @@ class BatchReplay:
             "attention_mask": np.ones((rows, self._length), np.int64),
             "logits_to_keep": np.array([count], np.int64),
             **{PAST + name: value for name, value in self._past.items()},
+            **self._adapter,
         }
         try:
             logits, *present = self._session.run(self._outputs, feeds)

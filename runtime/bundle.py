@@ -22,6 +22,8 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 GRAPH_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 """The graph, and next to it its weights."""
+ADAPTERS = "adapters"
+"""The folder of the adapters that lie beside the weights."""
 USED_FILES = (
     GRAPH_FILE,
     DATA_FILE,
@@ -71,6 +73,22 @@ class ModelRecord:
 
 
 @dataclass(frozen=True)
+class AdapterRecord:
+    """A LoRA adapter of the bundle. base: the model that it says it was trained on; weight: by which it is multiplied;
+    rank: its largest; sha256: of the file that it came from; file: of its matrices in the bundle, None where they are
+    merged into the weights; licence: as the adapter's folder names it.
+    """
+
+    name: str
+    base: str | None
+    weight: float
+    rank: int
+    sha256: str
+    file: str | None = None
+    licence: str | None = None
+
+
+@dataclass(frozen=True)
 class Shape:
     """The sizes of the model. cache_dtype: float32 or float16, the type of the past_key_values inputs."""
 
@@ -108,8 +126,9 @@ class Manifest:
     """`manifest.json`, schema version 1. Instances are always valid: construction raises LlamaExportError otherwise.
 
     minimum: lowest versions that run the bundle, for "python" and "onnxruntime"; providers: ONNX Runtime's execution
-    providers in order, the first one is required; files: every file but the manifest, by path with forward slashes;
-    tools: versions of what made the bundle; notes: sentences for people.
+    providers in order, the first one is required; adapters: LoRA adapters, merged or to choose from; files: every file
+    but the manifest, by path with forward slashes; tools: versions of what made the bundle; notes: sentences for
+    people.
     """
 
     model: ModelRecord
@@ -121,6 +140,7 @@ class Manifest:
     tokens: Tokens
     minimum: Mapping[str, str] = field(default_factory=dict)
     providers: tuple[str, ...] = ()
+    adapters: tuple[AdapterRecord, ...] = ()
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     tools: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -193,6 +213,9 @@ def _problems(manifest: Manifest) -> Iterator[str]:
             yield f"files has the path {name!r}, which does not name a file inside the bundle"
         if not _SHA256.fullmatch(record.sha256):
             yield f"files[{name!r}].sha256 must be 64 hexadecimal digits"
+    names = [adapter.name for adapter in manifest.adapters]
+    if len(set(names)) != len(names) or not all(is_safe_name(name) and "/" not in name for name in names):
+        yield f"adapters must have names of their own that can name a file, not {', '.join(map(repr, names))}"
 
 
 def _token_ids(tokens: Tokens) -> Iterator[tuple[str, int]]:
@@ -200,6 +223,11 @@ def _token_ids(tokens: Tokens) -> Iterator[tuple[str, int]]:
         if value is not None:
             yield name, value
     yield from (("eos", value) for value in tokens.eos)
+
+
+def adapter_file(name: str) -> str:
+    """Where an adapter lies in a bundle."""
+    return f"{ADAPTERS}/{name}.npz"
 
 
 def is_safe_name(name: str) -> bool:
@@ -252,6 +280,9 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     for name in (MANIFEST, *bundle.manifest.files):
         refuse_escape(bundle.path, name)
         _refuse_device(bundle.path / name)
+    for adapter in bundle.manifest.adapters:
+        if adapter.file is not None:
+            bundle.file(adapter.file)
     for name in USED_FILES:
         if name not in bundle.manifest.files and os.path.lexists(bundle.path / name):
             raise LlamaExportError(

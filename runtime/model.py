@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from ..errors import UsageError
+from .adapters import adapter_named
 from .backend import Backend, OnnxRuntimeBackend
 from .bundle import Bundle, open_bundle
 from .chat import ChatTemplate, Message, load_chat_template
@@ -22,21 +23,29 @@ T = TypeVar("T")
 
 
 def load(
-    path: str | os.PathLike[str], *, threads: int | None = None, check_hashes: bool = False, chat: bool = False
+    path: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    check_hashes: bool = False,
+    chat: bool = False,
+    adapter: str | None = None,
 ) -> Model:
     """Open the bundle in the folder `path` and load its model.
 
     threads: to compute with; default, the physical cores. check_hashes: read every file again to compare it with the
     manifest, even if this was done before and nothing has changed since. chat: load the chat template as well, while
-    the model loads; otherwise its first use does. Raises UsageError when there is no such folder or `threads` is out
+    the model loads; otherwise its first use does. adapter: the name of one that the bundle has to choose from, see
+    `Model.use_adapter`. Raises UsageError when there is no such folder or `threads` is out
     of range, LlamaExportError when the bundle is damaged, cannot run here, or lacks the template that `chat` asks
     for.
     """
     started = time.perf_counter()
     bundle = open_bundle(path)
+    if adapter is not None:
+        adapter_named(bundle, adapter)
     import_onnxruntime(bundle.manifest)  # not in the thread: there it waits for Python's lock while a tokenizer is read
     check_files(bundle, force=check_hashes)
-    backend = _InThread(lambda: OnnxRuntimeBackend(bundle, threads=threads))
+    backend = _InThread(lambda: OnnxRuntimeBackend(bundle, threads=threads, adapter=adapter))
     try:
         tokenizer = Tokenizer.load(bundle.file("tokenizer.json"), bundle.manifest.tokens)
         template = load_chat_template(bundle) if chat else None
@@ -91,6 +100,19 @@ class Model:
     def vocab(self) -> int:
         """Token ids are below this."""
         return self._backend.vocab
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters that can be chosen."""
+        return tuple(record.name for record in self.bundle.manifest.adapters if record.file is not None)
+
+    def use_adapter(self, name: str | None) -> None:
+        """Write with an adapter of the bundle from now on; None is the model without any.
+
+        Raises UsageError when the bundle has no such adapter, LlamaExportError when its file is damaged.
+        """
+        self._backend.use_adapter(name)
+        self._cache = TokenCache(self._backend)
 
     @property
     def chat_template(self) -> ChatTemplate:

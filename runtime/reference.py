@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import numpy.typing as npt
 from ..errors import LlamaExportError
 from .arrays import Float32, Float64, Int32
 from .decode_json import decode
+from .npz import read_array
 
 FOLDER = "reference"
 SCHEMA_VERSION = 1
@@ -163,26 +163,34 @@ def fingerprint(rows: Iterator[Float32]) -> tuple[str, float]:
     return digest.hexdigest(), squares**0.5
 
 
-def save_reference(reference: Reference, bundle: Path) -> None:
-    """Write the reference into the folder of a bundle that is being made."""
-    folder = bundle / FOLDER
-    folder.mkdir()
+def reference_folder(adapter: str | None) -> str:
+    """Where the reference of a bundle lies, or that of one of its adapters."""
+    return FOLDER if adapter is None else f"{FOLDER}/adapters/{adapter}"
+
+
+def save_reference(reference: Reference, bundle: Path, adapter: str | None = None) -> None:
+    """Write the reference into the folder of a bundle that is being made. adapter: whose it is."""
+    folder = bundle / reference_folder(adapter)
+    folder.mkdir(parents=True)
     index = json.dumps(dataclasses.asdict(reference.index), indent=1, ensure_ascii=False)
     (folder / _INDEX).write_text(index + "\n", encoding="utf-8")
     np.savez_compressed(folder / _LOGITS, **dataclasses.asdict(reference.logits))
 
 
-def load_reference(bundle: Path) -> Reference:
-    """Read and check the reference of a bundle; LlamaExportError when there is none or it is damaged."""
-    index = load_index(bundle)
-    folder = bundle / FOLDER
+def load_reference(bundle: Path, adapter: str | None = None) -> Reference:
+    """Read and check the reference of a bundle, or of one of its adapters.
+
+    Raises LlamaExportError when there is none or it is damaged.
+    """
+    index = load_index(bundle, adapter)
+    folder = bundle / reference_folder(adapter)
     with _damage_as_one_sentence(folder):
         return Reference(index, _read_logits(folder / _LOGITS, index))
 
 
-def load_index(bundle: Path) -> Index:
+def load_index(bundle: Path, adapter: str | None = None) -> Index:
     """Read and check the index alone; LlamaExportError when there is none or it is damaged."""
-    folder = bundle / FOLDER
+    folder = bundle / reference_folder(adapter)
     if not (folder / _INDEX).is_file():
         raise LlamaExportError(
             f"The bundle {bundle} has no reference to compare with, it was built with --no-reference; build it without."
@@ -257,26 +265,10 @@ def _read_logits(path: Path, index: Index) -> Logits:
         "sampled": (np.float32, (rows, samples)),
     }
     with zipfile.ZipFile(path) as archive:
-        arrays = {name: _read_array(archive, name, np.dtype(kind), shape) for name, (kind, shape) in expected.items()}
+        arrays = {name: read_array(archive, name, kind, shape, _MAX_BYTES) for name, (kind, shape) in expected.items()}
     for name, array in arrays.items():
         if array.dtype == np.int32 and not 0 <= array.min() <= array.max() < index.vocab:
             raise LlamaExportError(f"{path} names tokens outside of the vocabulary; build the bundle again.")
         if array.dtype != np.int32 and not np.isfinite(array).all():
             raise LlamaExportError(f"{path} holds {name} that are not finite; build the bundle again.")
     return Logits(**arrays)
-
-
-def _read_array(archive: zipfile.ZipFile, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    with archive.open(f"{name}.npy") as file:
-        np.lib.format.read_magic(file)
-        found, by_columns, kind = np.lib.format.read_array_header_1_0(file)
-        if (found, kind) != (shape, dtype):
-            raise LlamaExportError(
-                f"{archive.filename} holds {name} as {kind} {list(found)}, but {dtype} {list(shape)} is expected; "
-                "build the bundle again."
-            )
-        size = math.prod(shape) * dtype.itemsize
-        data = file.read(size + 1)  # one more: only at the end does zipfile compare the checksum
-    if len(data) != size:
-        raise ValueError(f"{name} has another size than its header says")
-    return np.frombuffer(data, dtype).reshape(shape, order="F" if by_columns else "C")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import LlamaExportError
+from .adapters import adapter_inputs
 from .bundle import CPU_PROVIDER, CUDA_PROVIDER, DATA_FILE, GRAPH_FILE, Bundle, Manifest, Shape, refuse_escape
 from .onnx_file import Initializer, external_initializers
 from .requirements import require, require_python
@@ -96,7 +97,7 @@ def open_session(bundle: Bundle, graph: bytes, threads: int) -> Any:
             f"onnxruntime {ort.__version__} has {provider}, but could not start it here; "
             "check the GPU's driver and libraries with `llama-export doctor`."
         )
-    _check_signature(session, bundle.manifest.shape)
+    _check_signature(session, bundle.manifest)
     return session
 
 
@@ -127,8 +128,11 @@ def one_sentence(ort: Any, what: str, error: Exception) -> LlamaExportError:
     return LlamaExportError(f"onnxruntime {ort.__version__} {what}: {lines[0][:400]}")
 
 
-def _check_signature(session: Any, shape: Shape) -> None:
-    """Raise LlamaExportError unless the graph has the inputs of the `ort` dialect in the manifest's sizes."""
+def _check_signature(session: Any, manifest: Manifest) -> None:
+    """Raise LlamaExportError unless the graph has the inputs of the `ort` dialect in the manifest's sizes; those of
+    adapters are checked with each adapter.
+    """
+    shape = manifest.shape
     cache = (None, shape.kv_heads, None, shape.head_dim)
     expected: dict[str, tuple[int | None, ...]] = {
         "input_ids": (None, None),
@@ -137,6 +141,8 @@ def _check_signature(session: Any, shape: Shape) -> None:
         **{PAST + name: cache for name in cache_names(shape)},
     }
     found = {value.name: value.shape for value in (*session.get_inputs(), *session.get_overridable_initializers())}
+    if any(adapter.file is not None for adapter in manifest.adapters):
+        found = {name: shape for name, shape in found.items() if name not in adapter_inputs(session)}
     for name in sorted(expected.keys() | found.keys()):
         if name not in expected or name not in found or not _fits(found[name], expected[name]):
             raise LlamaExportError(

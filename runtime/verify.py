@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from .parity import Comparison, compare
 from .reference import Logits, Reference, compress, load_reference
 from .session import engine_name, import_onnxruntime, read_graph
 from .threads import choose_threads
-from .weights import compare_weights
+from .weights import WeightDifference, compare_matrices, compare_weights
 
 _TOLD = 5  # of the things that differ
 
@@ -170,6 +170,25 @@ def _replays(bundle: Bundle, reference: Reference, progress: Progress, threads: 
     progress.stage("Replaying with the kernels that ship")
     backend = OnnxRuntimeBackend(bundle, threads=threads)
     yield _shipped(_replay_shipped(backend, reference, kept), limits)
+    for adapter in bundle.manifest.adapters:
+        if adapter.file is not None:
+            progress.stage(f"Replaying with the adapter {adapter.name}")
+            yield from _adapter(bundle, adapter.name, backend, exact, threads)
+
+
+def _adapter(bundle: Bundle, name: str, backend: OnnxRuntimeBackend, exact: bytes, threads: int) -> Iterator[Check]:
+    """The same questions of an adapter that lies beside the weights."""
+    limits, reference = LIMITS[bundle.manifest.shape.cache_dtype], load_reference(bundle.path, name)
+    backend.use_adapter(name)
+    different = compare_matrices(backend.matrices, reference.index.weights)
+    yield _stored(f"Stored matrices of the adapter {name}", len(reference.index.weights), different)
+    compared, kept = _replay_exact(bundle, exact, reference, threads, name)
+    yield _named(_full_precision(compared, reference, limits), name)
+    yield _named(_shipped(_replay_shipped(backend, reference, kept), limits), name)
+
+
+def _named(check: Check, adapter: str) -> Check:
+    return replace(check, title=f"{check.title}, with the adapter {adapter}")
 
 
 def _files(bundle: Bundle) -> Check:
@@ -183,26 +202,31 @@ def _weights(bundle: Bundle, reference: Reference, progress: Progress, threads: 
         progress.advance(4 * done, 4 * total)
 
     records = (*reference.index.weights, *reference.index.tables)
-    different = compare_weights(bundle, records, advance, threads)
+    return _stored("Stored weights", len(records), compare_weights(bundle, records, advance, threads))
+
+
+def _stored(title: str, tensors: int, different: list[WeightDifference]) -> Check:
     told = [
         f"{one.name}: the root of the sum of squares is {one.norm:.6g}, PyTorch's is {one.expected_norm:.6g}"
         for one in different[:_TOLD]
     ]
     return Check(
-        f"Stored weights, {len(records)} tensors dequantised here and compared bit for bit",
+        f"{title}, {tensors} tensors dequantised here and compared bit for bit",
         (Gate("tensors that differ from PyTorch's", len(different), 0),),
         tuple(told),
     )
 
 
-def _replay_exact(bundle: Bundle, model: bytes, reference: Reference, threads: int) -> tuple[Comparison, list[Logits]]:
+def _replay_exact(
+    bundle: Bundle, model: bytes, reference: Reference, threads: int, adapter: str | None = None
+) -> tuple[Comparison, list[Logits]]:
     """All prompts as one batch: prefill, then the continuation token by token.
 
     Returns the comparison with the reference, and for each prompt what is kept of this run's logits.
     """
     prompts = reference.index.prompts
     ids = np.array([prompt.ids for prompt in prompts], np.int64)
-    replay = BatchReplay(bundle, len(prompts), model=model, threads=threads)
+    replay = BatchReplay(bundle, len(prompts), model=model, threads=threads, adapter=adapter)
     compared: list[Comparison] = []
     kept: list[list[Logits]] = [[] for _ in prompts]
     for start, stop in _pieces(0, prompts[0].prompt_tokens, ids.shape[1]):

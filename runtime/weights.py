@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +65,21 @@ def compare_weights(
             advance(done, total)
             if difference is not None:
                 differences.append(difference)
+    return differences
+
+
+def compare_matrices(
+    matrices: Mapping[str, npt.NDArray[Any]], records: tuple[WeightRecord, ...]
+) -> list[WeightDifference]:
+    """The matrices of an adapter that differ from the recorded ones in any bit, or are not recorded; those of rank 0
+    hold nothing.
+    """
+    recorded, differences = {record.name: record for record in records}, []
+    for name in sorted(recorded.keys() | {name for name, matrix in matrices.items() if matrix.size}):
+        record, matrix = recorded.get(name), matrices.get(name)
+        digest, norm = fingerprint(iter([matrix.astype(np.float32)])) if matrix is not None else ("", 0.0)
+        if record is None or digest != record.sha256:
+            differences.append(WeightDifference(name, norm, record.norm if record is not None else 0.0))
     return differences
 
 

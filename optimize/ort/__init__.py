@@ -7,7 +7,7 @@ outputs logits, present.N.key|value.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -19,6 +19,7 @@ from .attention import lower_attention
 from .embedding import lower_embedding
 from .last_positions import keep_last_positions
 from .linear import lower_linears
+from .low_rank import add_low_rank
 from .norms import lower_norms
 from .order_inputs import order_inputs
 from .pack_linears import pack_linears
@@ -32,13 +33,14 @@ MINIMUM_ONNXRUNTIME = "1.23.2"
 class OrtOptions:
     """formats: how each checkpoint tensor is stored. rotary: tables of cos and sin [context, head_dim / 2].
     accuracy_level: MatMulNBits' (4: int8 activations; 0: as the inputs). orders: by checkpoint tensor, the order of its
-    stored columns where that is not the natural one.
+    stored columns where that is not the natural one. adapted: weights that adapters are added to at run time.
     """
 
     formats: Mapping[str, Format]
     rotary: tuple[Float32, Float32]
     accuracy_level: int
     orders: Mapping[str, Int64] = field(default_factory=dict)
+    adapted: Collection[str] = ()
 
 
 def lower(model: ir.Model, options: OrtOptions) -> None:
@@ -48,6 +50,7 @@ def lower(model: ir.Model, options: OrtOptions) -> None:
     pack_linears(model, options.formats)
     pack_qkv(model)
     keep_last_positions(model)
+    add_low_rank(model, options.adapted)
     lower_norms(model)
     lower_linears(model, options.formats, options.accuracy_level)
     lower_embedding(model, options.formats)

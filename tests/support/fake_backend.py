@@ -34,6 +34,9 @@ class FakeBackend:
         assert 0 <= length <= self.length
         self.length = length
 
+    def use_adapter(self, name: str | None) -> None:
+        self.length = 0
+
     def _logits(self) -> Float32:
         logits = np.zeros(self.vocab, np.float32)
         at = self.length - self.prompt

@@ -1,0 +1,57 @@
+"""What a build made, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .export.loss import Loss
+from .runtime.bundle import Manifest
+from .tables import size
+from .targets.context import ContextChoice
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What was made. losses: of tensors that came quantised and could not be kept as they are; stages: seconds by
+    stage.
+    """
+
+    output: Path
+    manifest: Manifest
+    context: ContextChoice
+    notes: tuple[str, ...]
+    losses: Sequence[Loss]
+    stages: Mapping[str, float]
+
+    @property
+    def bytes(self) -> int:
+        return sum(record.size for record in self.manifest.files.values())
+
+    def lines(self) -> list[str]:
+        """The report for people."""
+        manifest, seconds = self.manifest, sum(self.stages.values())
+        return [
+            f"{self.output}: {manifest.model.id}, {manifest.precision}, for {manifest.target}, "
+            f"{size(self.bytes)} in {seconds:.1f} s",
+            self.context.reason,
+            *self.notes,
+            f"Licence: {manifest.model.licence_told}.",
+            *manifest.model.duties,
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report for programs."""
+        return {
+            "schema_version": 1,
+            "output": str(self.output),
+            "bytes": self.bytes,
+            "seconds": {name: round(value, 3) for name, value in self.stages.items()},
+            "context": asdict(self.context),
+            "notes": list(self.notes),
+            "losses": [{**asdict(loss), "relative": loss.relative} for loss in self.losses],
+            "manifest": json.loads(self.manifest.to_json()),
+        }

@@ -1,0 +1,336 @@
+"""LoRA adapters in peft's format: what they add to the weights of the model that they were trained on.
+
+A folder holds adapter_config.json and adapter_model.safetensors with two thin matrices for each adapted projection:
+lora_A [rank, inputs] and lora_B [outputs, rank]. The adapted weight is W + scale * (B @ A), scale = alpha / rank, or
+alpha / sqrt(rank) with rsLoRA (Hu et al. 2021, arXiv:2106.09685; Kalajdzievski 2023, arXiv:2312.03732).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import LlamaExportError, UsageError, did_you_mean
+from ..optimize.formats import EMBEDDING, FLOATS, Format, int_format
+from ..optimize.tensors import Float32, SourceTensor
+from ..runtime.bundle import is_safe_name
+from .json_object import read_object
+from .safetensors_file import StoredTensor, open_file
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+_THIN = re.compile(r"(base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])(\.default)?\.weight")
+_WHOLE = re.compile(r"(base_model\.model\.)?(?P<module>.+?)(\.base_layer|\.modules_to_save(\.default)?)?\.weight")
+_PLAIN_PATTERN = re.compile(r"\^?[\w.]{1,300}")
+_MOST_RANK = 1 << 14
+_ROWS = 4096
+
+_OTHER_MATHEMATICS = (
+    *("use_dora", "use_qalora", "use_bdlora", "kasa_config", "arrow_config", "lora_bias", "layer_replication"),
+    *("alora_invocation_tokens", "trainable_token_indices", "target_parameters"),
+)
+"""Keys of adapter_config.json that, when set, make something else of the model than W + scale * (B @ A)."""
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """What an adapter adds to one weight: `scale * (b @ a)`. a: [rank, inputs]; b: [outputs, rank]."""
+
+    a: StoredTensor
+    b: StoredTensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    def scaled_b(self, start: int, stop: int) -> Float32:
+        """Rows [start, stop) of `scale * b`, float32 [stop - start, rank]."""
+        rows: Float32 = self.b.floats(start, stop) * np.float32(self.scale)
+        return rows
+
+    def delta(self, start: int, stop: int, dtype: npt.DTypeLike = np.float32) -> Float32:
+        """Rows [start, stop) of what is added, float32 [stop - start, inputs]; of matrices stored in `dtype`."""
+        a, b = (half.astype(dtype).astype(np.float32) for half in (_whole(self.a), self.scaled_b(start, stop)))
+        added: Float32 = b @ a
+        return added
+
+
+@functools.lru_cache(maxsize=16)  # of the few weights that are written at the moment, not of all
+def _whole(thin: StoredTensor) -> Float32:
+    return thin.floats(0, thin.shape[0])
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter. base: the model that it says it was trained on, a hub id or a path; weight: by which all that it
+    adds is multiplied (already part of each scale); parts: what is added, by the Hugging Face name of the weight;
+    whole: weights that it brings along instead of the model's.
+    """
+
+    name: str
+    path: Path
+    base: str | None
+    weight: float
+    parts: Mapping[str, LowRank]
+    whole: Mapping[str, StoredTensor]
+
+    @property
+    def rank(self) -> int:
+        """The largest of any part."""
+        return max(part.rank for part in self.parts.values())
+
+
+def read_adapter(text: str) -> Adapter:
+    """Read the adapter of `--adapter DIR[:weight]`.
+
+    Raises UsageError when there is no such folder, LlamaExportError for another method than plain LoRA, and for files
+    that are missing, broken or contradict each other.
+    """
+    path, weight = _split(text)
+    if not (path / CONFIG).is_file():
+        raise UsageError(_no_adapter(path))
+    config = read_object(path / CONFIG)
+    _check_method(path, config)
+    if not (path / WEIGHTS).is_file():
+        pickled = (path / "adapter_model.bin").is_file()
+        why = "only a pickle, which can run code and is not read" if pickled else "no weights"
+        raise LlamaExportError(
+            f"The adapter {path} holds {why}; expected {WEIGHTS}, which save_pretrained of peft writes."
+        )
+    thin, whole = _tensors(path)
+    parts = {f"{module}.weight": _low_rank(path, config, weight, module, halves) for module, halves in thin.items()}
+    if not parts:
+        raise LlamaExportError(f"The adapter {path} holds no lora_A and lora_B; take the adapter again.")
+    _check_targets(path, config, parts)
+    base = config.get("base_model_name_or_path")
+    return Adapter(_name(path), path, base if isinstance(base, str) and base else None, weight, parts, whole)
+
+
+def fitted(adapter: Adapter, model_id: str, tensors: Mapping[str, SourceTensor]) -> Adapter:
+    """The adapter as far as it changes the model: whole weights that are the model's own (peft saves those of an
+    adapted head) are left out.
+
+    Raises LlamaExportError, naming adapter and module, where it changes a weight that the model does not have, or has
+    in another shape.
+    """
+    matrices = {name: tensor for name, tensor in tensors.items() if len(tensor.shape) == 2 and name != EMBEDDING}
+    for name, part in adapter.parts.items():
+        _check_fit(adapter, model_id, name, (part.b.shape[0], part.a.shape[1]), matrices)
+    for name, tensor in adapter.whole.items():
+        _check_fit(adapter, model_id, name, tensor.shape, tensors)
+    whole = {name: tensor for name, tensor in adapter.whole.items() if not _equal(tensor, tensors[name])}
+    if whole and adapter.weight != 1:
+        raise LlamaExportError(
+            f"The adapter {adapter.name} brings {next(iter(whole))} along as a whole, which cannot be weighed by "
+            f"{adapter.weight:g}; leave the weight out."
+        )
+    return replace(adapter, whole=whole)
+
+
+def _check_fit(
+    adapter: Adapter, model_id: str, name: str, shape: tuple[int, ...], tensors: Mapping[str, SourceTensor]
+) -> None:
+    module = name.removesuffix(".weight")
+    advice = "take the model that it was trained on" + (f", {adapter.base}" if adapter.base else "")
+    if name not in tensors:
+        raise LlamaExportError(
+            f"The adapter {adapter.name} changes {module}, which is no projection of {model_id}; {advice}."
+            + did_you_mean(name, tensors)
+        )
+    if shape != tensors[name].shape:
+        sizes, expected = (" x ".join(map(str, one)) for one in (shape, tensors[name].shape))
+        raise LlamaExportError(
+            f"The adapter {adapter.name} is for a {module} of {sizes} numbers, which has {expected} in {model_id}; "
+            f"{advice}."
+        )
+
+
+def _equal(stored: StoredTensor, tensor: SourceTensor) -> bool:
+    rows = stored.shape[0]
+    pieces = ((start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS))
+    return all(np.array_equal(stored.floats(start, stop), tensor.read(start, stop)) for start, stop in pieces)
+
+
+def base_mismatch(adapter: Adapter, model_id: str) -> str | None:
+    """A sentence when the adapter names another base than the model, as far as names tell; None when they agree.
+
+    Shapes that fit do not prove the base: an adapter of the chat model fits the plain one.
+    """
+    if adapter.base is None or _last_part(adapter.base) == _last_part(model_id):
+        return None
+    return f"The adapter {adapter.name} says that it was trained on {adapter.base}, but the model is {model_id}"
+
+
+def merged(tensors: Mapping[str, SourceTensor], adapters: Sequence[Adapter]) -> dict[str, SourceTensor]:
+    """The model's tensors with what the adapters add, which is computed with the rows that are read.
+
+    A weight that came in blocks has none afterwards: it is rounded anew, to as many bits.
+    """
+    added: dict[str, list[LowRank]] = defaultdict(list)
+    whole: dict[str, StoredTensor] = {}
+    for adapter in adapters:
+        for name, part in adapter.parts.items():
+            added[name].append(part)
+        for name, tensor in adapter.whole.items():
+            if name in whole:
+                raise LlamaExportError(f"Two adapters bring {name} along as a whole; leave one of them out.")
+            whole[name] = tensor
+    return {
+        name: _merged(tensor, added[name], whole.get(name)) if name in added or name in whole else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _merged(tensor: SourceTensor, parts: Sequence[LowRank], whole: StoredTensor | None) -> SourceTensor:
+    base = tensor.read if whole is None else whole.floats
+
+    def read(start: int, stop: int) -> Float32:
+        rows = base(start, stop)
+        for part in parts:
+            rows = rows + part.delta(start, stop)
+        return rows
+
+    dtype, format = f"{tensor.dtype}+LoRA", _symmetric(tensor.format)
+    return replace(tensor, dtype=dtype, format=format, read=read, blocks=None, order=None)
+
+
+def _symmetric(format: Format) -> Format:
+    return int_format(format.bits, format.block) if format.quantised else format
+
+
+def _split(text: str) -> tuple[Path, float]:
+    """The folder and the weight of DIR[:weight]."""
+    folder, colon, number = text.rpartition(":")
+    if not colon or Path(text).is_dir():
+        return Path(text).expanduser(), 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        return Path(text).expanduser(), 1.0
+    if not math.isfinite(weight) or weight == 0:
+        raise UsageError(f"--adapter {text} has the weight {number}, but a number other than 0 is expected, like 0.5.")
+    return Path(folder).expanduser(), weight
+
+
+def _name(path: Path) -> str:
+    name = path.resolve().name
+    if not is_safe_name(name) or not name.isprintable():
+        raise UsageError(f"The adapter's folder {path} has a name that not every system can name a file by; rename it.")
+    return name
+
+
+def _no_adapter(path: Path) -> str:
+    if not path.is_dir():
+        return f"There is no adapter folder {path}; expected one with {CONFIG} and {WEIGHTS}, with or without :weight."
+    if (path / "config.json").is_file():
+        return f"{path} is a model, not an adapter; give it as --model."
+    return f"{path} holds no {CONFIG}; expected the folder of a LoRA adapter in peft's format."
+
+
+def _check_method(path: Path, config: Mapping[str, Any]) -> None:
+    method = config.get("peft_type")
+    if method != "LORA":
+        raise LlamaExportError(
+            f"The adapter {path} is of the kind {method!r}, and only LORA is supported; merge it with peft first."
+        )
+    for key in _OTHER_MATHEMATICS:
+        if config.get(key):
+            raise LlamaExportError(
+                f"The adapter {path} sets {key} to {str(config[key])[:80]}, which plain LoRA does not have and this "
+                "version does not support; merge it with peft's merge_and_unload first."
+            )
+    if config.get("bias", "none") != "none":
+        raise LlamaExportError(
+            f"The adapter {path} trains biases (bias is {config['bias']!r}), which is not supported; merge it with "
+            "peft's merge_and_unload first."
+        )
+
+
+def _tensors(path: Path) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, StoredTensor]]:
+    """The thin matrices by module and A or B, and whole weights by name."""
+    thin: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
+    whole: dict[str, StoredTensor] = {}
+    for name, tensor in open_file(path / WEIGHTS).items():
+        match = _THIN.fullmatch(name) or _WHOLE.fullmatch(name)
+        if match is None or ".lora_" in match["module"]:
+            raise LlamaExportError(
+                f"The adapter {path} holds the tensor {name}, which is no lora_A or lora_B of a projection; merge it "
+                "with peft's merge_and_unload first."
+            )
+        if tensor.dtype not in FLOATS:
+            raise LlamaExportError(
+                f"The adapter {path} holds {name} as {tensor.dtype}, but {', '.join(FLOATS)} are read; take it again."
+            )
+        part = match.groupdict().get("part")
+        known, key = (thin[match["module"]], part) if part else (whole, f"{match['module']}.weight")
+        if key in known:
+            raise LlamaExportError(f"The adapter {path} holds {name} twice; take the adapter again.")
+        known[key] = tensor
+    return thin, whole
+
+
+def _low_rank(
+    path: Path, config: Mapping[str, Any], weight: float, module: str, halves: Mapping[str, StoredTensor]
+) -> LowRank:
+    if missing := {"A", "B"} - halves.keys():
+        raise LlamaExportError(f"The adapter {path} has no lora_{missing.pop()} of {module}; take the adapter again.")
+    a, b = halves["A"], halves["B"]
+    rank = _setting(path, config, "r", "rank_pattern", module)
+    matrices = len(a.shape) == len(b.shape) == 2
+    if not (matrices and a.shape[0] == b.shape[1] == rank and 1 <= rank <= _MOST_RANK):
+        raise LlamaExportError(
+            f"The adapter {path} has the rank {rank:g} for {module} in {CONFIG}, but lora_A of shape {list(a.shape)} "
+            f"and lora_B of shape {list(b.shape)}; take both from the same training."
+        )
+    alpha = _setting(path, config, "lora_alpha", "alpha_pattern", module)
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return LowRank(a, b, scale * weight)
+
+
+def _setting(path: Path, config: Mapping[str, Any], key: str, pattern_key: str, module: str) -> float:
+    """A number of adapter_config.json for one module: that of the first pattern that the module's name ends with, else
+    the one for all (peft's get_pattern_key; of its regular expressions only plain names, which are what it writes).
+    """
+    patterns = config.get(pattern_key) or {}
+    if not isinstance(patterns, Mapping):
+        raise LlamaExportError(f"The adapter {path} has no object as {pattern_key} in {CONFIG}; take it again.")
+    for pattern in patterns:
+        if not _PLAIN_PATTERN.fullmatch(pattern):
+            raise LlamaExportError(
+                f"The adapter {path} has the regular expression {pattern[:80]!r} as a {pattern_key}; write out the "
+                f"names of the modules in {CONFIG}."
+            )
+    named = (value for pattern, value in patterns.items() if f".{module}".endswith(f".{pattern.lstrip('^')}"))
+    value = next(named, config.get(key))
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
+        raise LlamaExportError(
+            f"The adapter {path} says {key} is {value!r} for {module}, but a number above 0 is expected; take the "
+            "adapter again."
+        )
+    return value
+
+
+def _check_targets(path: Path, config: Mapping[str, Any], parts: Mapping[str, LowRank]) -> None:
+    """Every module that the config names should be there; names with patterns in them say nothing."""
+    targets = config.get("target_modules")
+    for target in targets if isinstance(targets, list) else []:
+        if not any(f".{name}".endswith(f".{target}.weight") for name in parts):
+            raise LlamaExportError(
+                f"The adapter {path} names the module {target} in {CONFIG}, but {WEIGHTS} has nothing for it; take "
+                "both from the same training."
+            )
+
+
+def _last_part(name: str) -> str:
+    """The last part of an id or a path, as names are compared."""
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2].casefold()

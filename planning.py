@@ -1,0 +1,121 @@
+"""What a build will make, decided before anything is made: everything that can be refused is refused here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .errors import LlamaExportError, UsageError
+from .export.adapters import Adapter, base_mismatch, fitted, merged, read_adapter
+from .export.source import Source, open_source
+from .optimize.formats import Format, stored_bytes
+from .optimize.plan import plan_formats
+from .progress import Progress
+from .targets.context import CACHE_BYTES, ContextChoice, Load, choose_context
+from .targets.devices import Target
+from .targets.made import Made, what_is_made
+
+MERGE, RUNTIME = "merge", "runtime"
+ADAPTER_MODES = (MERGE, RUNTIME)
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What `llama-export build` was asked for; None leaves the choice to model and target.
+
+    adapters: folders of LoRA adapters, each with `:weight` or without. adapter_mode: "merge" them into the weights, or
+    keep them beside them to be chosen at "runtime".
+    """
+
+    model: str
+    target: str
+    output: Path
+    precision: str | None = None
+    context: int | None = None
+    batch: int = 1
+    revision: str | None = None
+    token: str | None = None
+    cache_dir: Path | None = None
+    adapters: tuple[str, ...] = ()
+    adapter_mode: str = MERGE
+    reference: bool = True
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """All that is decided before anything is made.
+
+    source: with adapters merged in, where they are to be. adapters: all of them; merged: whether they are in the
+    weights. weights: bytes of them as stored.
+    """
+
+    source: Source
+    adapters: tuple[Adapter, ...]
+    merged: bool
+    target: Target
+    made: Made
+    precision: str
+    formats: Mapping[str, Format]
+    weights: int
+    context: ContextChoice
+    batch: int
+
+
+def plan_build(options: BuildOptions, target: Target, progress: Progress) -> BuildPlan:
+    """Open the checkpoint and its adapters, and decide formats and context.
+
+    Raises UsageError and LlamaExportError, each with one sentence for the user.
+    """
+    made = what_is_made(target)
+    source = open_source(
+        options.model,
+        revision=options.revision,
+        token=options.token,
+        cache_dir=options.cache_dir,
+        progress=progress,
+    )
+    adapters, merge = _open_adapters(options, source, progress), options.adapter_mode == MERGE
+    if merge:
+        source = replace(source, tensors=merged(source.tensors, adapters))
+    keeps_own = options.precision is None and source.native_precision is not None
+    precision = None if keeps_own else options.precision or target.default_precision
+    formats = plan_formats(source.tensors, precision)
+    scale = CACHE_BYTES[made.activations]
+    weights: Counter[str] = Counter()
+    for name, tensor in source.tensors.items():
+        weights[formats[name].name] += stored_bytes(tensor.shape, formats[name], scale)
+    load = Load(source.shape, weights, made.activations, made.on_cpu, options.batch)
+    context = choose_context(target, load, source.shape.max_positions, options.context, source.shape.longest)
+    named = precision or str(source.native_precision)
+    return BuildPlan(source, adapters, merge, target, made, named, formats, weights.total(), context, options.batch)
+
+
+def _open_adapters(options: BuildOptions, source: Source, progress: Progress) -> tuple[Adapter, ...]:
+    adapters = tuple(fitted(read_adapter(text), source.model_id, source.tensors) for text in options.adapters)
+    for adapter in adapters:
+        mismatch = base_mismatch(adapter, source.model_id)
+        if mismatch is not None and source.kind == "hub":
+            raise LlamaExportError(f"{mismatch}; take that model, or name a local folder if you know that they fit.")
+        if mismatch is not None:
+            progress.warn(f"{mismatch}: its numbers fit, but mean something on its own base only.")
+    if options.adapter_mode == RUNTIME:
+        _check_runtime(options, adapters)
+    return adapters
+
+
+def _check_runtime(options: BuildOptions, adapters: tuple[Adapter, ...]) -> None:
+    if not options.adapters:
+        raise UsageError("--adapter-mode runtime keeps adapters beside the weights; name them with --adapter.")
+    counts = Counter(adapter.name for adapter in adapters)
+    for name, count in counts.items():
+        if count > 1:
+            raise UsageError(f"Two adapters are called {name}, by which they are chosen; rename a folder.")
+    for adapter in adapters:
+        if adapter.whole:
+            raise LlamaExportError(
+                f"The adapter {adapter.name} brings {next(iter(adapter.whole))} along as a whole, which cannot be "
+                "chosen at run time; use --adapter-mode merge."
+            )
