@@ -20,7 +20,7 @@ def count(config: Mapping[str, Any], key: str, *, default: int | None = None, mo
     if value is None:
         value = default
     if value is None:
-        raise LlamaExportError(f"config.json has no {key}, which a Llama needs; take the checkpoint's own config.json.")
+        raise LlamaExportError(f"config.json has no {key}, but it must; take the checkpoint's own config.json.")
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
         raise LlamaExportError(
             f"config.json says {key} is {value!r}, but a whole number from 1 to {most} is expected; correct it."

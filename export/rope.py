@@ -70,7 +70,7 @@ def check_rope(config: Mapping[str, Any], head_dim: int) -> None:
     number(values, "rope_theta", default=_THETA, above=1.0)
     if number(values, "partial_rotary_factor", default=1.0, above=0.0) != 1.0:
         raise LlamaExportError(
-            "config.json sets partial_rotary_factor, but a Llama rotates whole heads; take a Llama checkpoint."
+            "config.json sets partial_rotary_factor, but only whole heads are rotated here; take another checkpoint."
         )
     number(values, "original_max_position_embeddings", default=1.0, above=0.0)
     _check_numbers(_ROPES[kind], values)

@@ -166,7 +166,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "classifier": ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
     "nameless": ({"model_type": None, "architectures": None}, "names neither model_type nor architectures"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu', but a Llama's is 'silu'"),
-    "no layers": ({"num_hidden_layers": None}, "has no num_hidden_layers, which a Llama needs"),
+    "no layers": ({"num_hidden_layers": None}, "has no num_hidden_layers, but it must"),
     "zero heads": ({"num_attention_heads": 0}, "num_attention_heads is 0, but a whole number from 1"),
     "zero kv heads": ({"num_key_value_heads": 0}, "num_key_value_heads is 0, but a whole number from 1"),
     "kv heads": (
@@ -208,7 +208,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "rope theta": ({"rope_theta": "big"}, "rope_theta is 'big', but a number above 1"),
     "rope no object": ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3', but an object is expected"),
-    "partial": ({"partial_rotary_factor": 0.5}, "sets partial_rotary_factor, but a Llama rotates whole heads"),
+    "partial": ({"partial_rotary_factor": 0.5}, "sets partial_rotary_factor, but only whole heads are rotated"),
 }
 
 

@@ -18,7 +18,8 @@ from llama_export.export.reference import ExactModel
 from llama_export.export.rotary import rotary_tables
 from llama_export.export.trace import window_of
 from llama_export.optimize.plan import plan_formats
-from llama_export.pipeline import BuildOptions, build
+from llama_export.pipeline import build
+from llama_export.planning import BuildOptions
 from llama_export.progress import Silent
 from llama_export.runtime.bundle import open_bundle
 from llama_export.runtime.verify import verify
@@ -106,6 +107,42 @@ def test_defaults_of_a_family_are_those_of_transformers(model_type: str) -> None
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_family_may_be_named_by_its_architecture_alone(model_type: str) -> None:
     assert check_config(config(model_type, model_type=...)).family == model_type
+
+
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
+    "Mistral-7B-v0.1": (
+        {"model_type": "mistral", "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000, "sliding_window": 4096},
+        7_241_732_096,
+    ),
+    "Mistral-Nemo-Base-2407": (
+        {"model_type": "mistral", "num_hidden_layers": 40, "hidden_size": 5120, "intermediate_size": 14336}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 131072, "sliding_window": None}
+        | {"head_dim": 128},
+        12_247_782_400,
+    ),
+    "Qwen2.5-0.5B": (
+        {"model_type": "qwen2", "num_hidden_layers": 24, "hidden_size": 896, "intermediate_size": 4864}
+        | {"num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "sliding_window": 32768}
+        | {"use_sliding_window": False, "max_window_layers": 24, "tie_word_embeddings": True},
+        494_032_768,
+    ),
+    "Qwen2.5-7B": (
+        {"model_type": "qwen2", "num_hidden_layers": 28, "hidden_size": 3584, "intermediate_size": 18944}
+        | {"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "sliding_window": 131072}
+        | {"use_sliding_window": False, "max_window_layers": 28},
+        7_615_616_512,
+    ),
+}
+"""What their config.json say of their shape, and the weights that they are known to have."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_relatives_have_the_weights_that_they_are_known_for(name: str) -> None:
+    given, parameters = PUBLISHED[name]
+    shape = check_config(given)
+    assert shape.parameters() == parameters
+    assert shape.window == (4096 if name == "Mistral-7B-v0.1" else None)
 
 
 # Spellings of the rotary embedding

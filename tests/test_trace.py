@@ -52,7 +52,7 @@ def test_canonical_graph_is_made_of_standard_ops() -> None:
     assert not {"Concat", "Shape", "Slice", "ReduceMean", "Pow", "Identity", "Constant"} & set(found)
 
 
-@pytest.mark.parametrize("variant", ["biased", "yarn"])
+@pytest.mark.parametrize("variant", ["biased", "yarn", "qwen2-window"])
 def test_stamped_graph_is_the_whole_trace(variant: str) -> None:
     config = llama(**VARIANTS[variant]).config
     whole = trace(config, context=CONTEXT, layers=3)
