@@ -1,0 +1,289 @@
+"""Bundles with adapters: merged, and beside the weights, against peft; and files of adapters that are damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from llama_export.errors import LlamaExportError, UsageError
+from llama_export.pipeline import build
+from llama_export.planning import MERGE, RUNTIME, BuildOptions
+from llama_export.runtime import GenerationOptions, load
+from llama_export.runtime.backend import OnnxRuntimeBackend
+from llama_export.runtime.bundle import Bundle, Manifest, adapter_file, open_bundle, seal
+from llama_export.runtime.verify import Verdict, verify
+from support.command import call
+from support.gguf_models import write_llama_gguf
+from support.hf_models import write_llama_folder
+
+pytest.importorskip("peft", reason="adapters are compared with peft's")
+from llama_export.progress import Silent
+from support.adapters import merged_by_peft, write_adapter
+
+SHAPE: dict[str, Any] = {"heads": 5, "kv_heads": 1, "head_dim": 12, "hidden": 60, "ffn": 77}
+SOME = ["q_proj", "v_proj", "down_proj", "lm_head"]
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+IDS = np.random.default_rng(5).integers(3, 300, 40)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and two adapters of different modules and ranks."""
+    place = tmp_path_factory.mktemp("adapters")
+    model = write_llama_folder(place / "llama", attention_bias=True, **SHAPE)
+    write_adapter(model, place / "one", target_modules=SOME)
+    write_adapter(model, place / "two", seed=1, r=7, target_modules=ALL)
+    return place
+
+
+def built(place: Path, name: str, mode: str, *adapters: str, **options: Any) -> Bundle:
+    model = options.pop("model", "llama")
+    texts = tuple(str(place / adapter) for adapter in adapters)
+    build(BuildOptions(str(place / model), "cpu", place / name, adapters=texts, adapter_mode=mode, **options))
+    return open_bundle(place / name)
+
+
+@pytest.fixture(scope="module")
+def beside(place: Path) -> Bundle:
+    return built(place, "beside", RUNTIME, "one", "two:0.5", precision="fp32")
+
+
+def logits_of(model: torch.nn.Module) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.from_numpy(IDS)[None]).logits[0].numpy()
+
+
+def found(backend: OnnxRuntimeBackend) -> np.ndarray:
+    """Prefill in two pieces, then token by token."""
+    parts = [backend.extend(IDS[:9], keep=9), backend.extend(IDS[9:30], keep=21)]
+    return np.concatenate([*parts, *(backend.step(int(token))[None].copy() for token in IDS[30:])])
+
+
+def test_each_adapter_beside_the_weights_equals_peft(place: Path, beside: Bundle) -> None:
+    backend = OnnxRuntimeBackend(beside, threads=2)
+    base, one = merged_by_peft(place / "llama"), merged_by_peft(place / "llama", place / "one")
+    expected = {None: logits_of(base), "one": logits_of(one)}
+    for name in (None, "one", None, "one"):
+        backend.use_adapter(name)
+        assert np.abs(found(backend) - expected[name]).max() < 1e-4
+    assert np.abs(expected["one"] - expected[None]).max() > 0.1
+
+
+def test_the_weight_of_an_adapter_is_part_of_it(place: Path, beside: Bundle) -> None:
+    whole, base = merged_by_peft(place / "llama", place / "two"), merged_by_peft(place / "llama")
+    half = base.state_dict()
+    for name, value in whole.state_dict().items():
+        half[name].add_(value - half[name], alpha=0.5)
+    backend = OnnxRuntimeBackend(beside, threads=2, adapter="two")
+    assert np.abs(found(backend) - logits_of(base)).max() < 1e-4
+
+
+def test_merged_adapters_equal_peft(place: Path) -> None:
+    bundle = built(place, "merged", MERGE, "one", "two", precision="fp32", reference=False)
+    expected = logits_of(merged_by_peft(place / "llama", place / "one", place / "two"))
+    assert np.abs(found(OnnxRuntimeBackend(bundle, threads=2)) - expected).max() < 1e-4
+    assert [(one.name, one.file, one.weight) for one in bundle.manifest.adapters] == [
+        ("one", None, 1.0),
+        ("two", None, 1.0),
+    ]
+
+
+def verdict(bundle: Bundle) -> Verdict:
+    return verify(bundle, check_hashes=True, threads=2, progress=Silent())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_every_adapter_is_verified(place: Path, precision: str, beside: Bundle) -> None:
+    bundle = beside if precision == "fp32" else built(place, precision, RUNTIME, "one", "two", precision=precision)
+    result = verdict(bundle)
+    assert result.passed, result.lines()
+    titles = [check.title for check in result.checks]
+    assert sum("adapter one" in title for title in titles) == sum("adapter two" in title for title in titles) == 3
+
+
+def test_half_precision(place: Path) -> None:
+    options = BuildOptions(
+        str(place / "llama"), "cuda", place / "half", "int4", adapters=(str(place / "two"),), adapter_mode=RUNTIME
+    )
+    build(options)
+    bundle = open_bundle(place / "half")
+    assert np.load(place / "half" / adapter_file("two")).values().__iter__().__next__().dtype == np.float16
+    manifest = json.loads((bundle.path / "manifest.json").read_text())
+    manifest["providers"] = ["CPUExecutionProvider"]
+    result = verdict(Bundle(bundle.path, Manifest.from_json(json.dumps(manifest)), bundle.manifest_sha256))
+    assert all(check.passed for check in result.checks if check.title != "Files"), result.lines()
+
+
+@pytest.mark.parametrize("mode", [MERGE, RUNTIME])
+def test_adapters_on_a_gguf_file(mode: str, tmp_path: Path) -> None:
+    model = write_llama_folder(tmp_path / "llama", tied=True)
+    write_llama_gguf(tmp_path / "m.gguf", types="Q4_1")
+    write_adapter(model, tmp_path / "one")
+    bundle = built(tmp_path, "bundle", mode, "one", model="m.gguf")
+    assert verdict(bundle).passed
+    formats = {record["name"]: record["format"] for record in weights(bundle)}
+    changed = "int4-offset" if mode == RUNTIME else "int4"
+    assert formats["model.layers.0.self_attn.q_proj.weight"] == changed
+    assert formats["model.layers.0.mlp.up_proj.weight"] == "int4-offset"
+
+
+def weights(bundle: Bundle) -> list[dict[str, Any]]:
+    index = json.loads((bundle.path / "reference/reference.json").read_text())
+    return list(index["weights"])
+
+
+def test_the_same_adapters_give_the_same_bytes(place: Path, beside: Bundle) -> None:
+    again = built(place, "again", RUNTIME, "one", "two:0.5", precision="fp32")
+    assert again.manifest.files == beside.manifest.files
+
+
+def test_models_change_their_adapter(beside: Bundle) -> None:
+    model, options = load(beside.path, threads=2), GenerationOptions(max_new_tokens=12)
+    assert model.adapters == ("one", "two")
+    plain = model.generate("once", options)
+    model.use_adapter("two")
+    changed = model.generate("once", options)
+    model.use_adapter(None)
+    assert model.generate("once", options, reuse=True).token_ids == plain.token_ids != changed.token_ids
+    assert load(beside.path, threads=2, adapter="two").generate("once", options).token_ids == changed.token_ids
+
+
+def test_the_command_takes_a_name(beside: Bundle, place: Path) -> None:
+    texts = {
+        name: json.loads(call("run", beside.path, "once", "--json", "--max-new-tokens", "6", *arguments).stdout)["text"]
+        for name, arguments in (("none", ()), ("one", ("--adapter", "one")))
+    }
+    assert texts["none"] != texts["one"]
+    result = call("run", beside.path, "once", "--adapter", "tow")
+    assert result.exit_code == 2
+    assert "has no adapter 'tow'; it has one, two. Did you mean 'two'?" in result.stderr
+    merged = built(place, "one-merged", MERGE, "one", reference=False)
+    assert "is merged into the weights" in call("run", merged.path, "once", "--adapter", "one").stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--adapter-mode", "runtime"), "name them with --adapter"),
+        (("--adapter", "{place}/one", "--adapter", "{place}/one", "--adapter-mode", "runtime"), "are called one"),
+        (("--adapter", "{place}/nowhere"), "There is no adapter folder"),
+        (("--adapter", "{place}/llama"), "is a model, not an adapter"),
+        (("--adapter-mode", "later"), "'later' is not one of"),
+    ],
+)
+def test_wrong_usage(arguments: tuple[str, ...], message: str, place: Path, tmp_path: Path) -> None:
+    given = [text.format(place=place) for text in arguments]
+    result = call("build", "-m", place / "llama", "-t", "cpu", "-o", tmp_path / "bundle", *given)
+    assert result.exit_code == 2, result.stderr
+    assert message in result.stderr
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_another_base_is_told(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "llama", tmp_path / "other")
+    arguments = ("-t", "cpu", "-o", tmp_path / "bundle", "--adapter", place / "one", "--no-reference")
+    result = call("build", "-m", tmp_path / "other", *arguments)
+    assert result.exit_code == 0
+    assert f"says that it was trained on {place / 'llama'}, but the model is other" in result.stderr
+
+
+def rewritten(change: Callable[[dict[str, np.ndarray]], None], bundle: Path) -> None:
+    path = bundle / adapter_file("one")
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    change(arrays)
+    np.savez(path, **arrays)
+
+
+A, B = "lm_head.lora_A.weight", "lm_head.lora_B.weight"
+
+
+def claims_much(bundle: Path) -> None:
+    path = bundle / adapter_file("one")
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': (60, {1 << 50}), }}".ljust(117) + "\n"
+    entries[f"{A}.npy"] = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "truncated": (lambda bundle: os.truncate(bundle / adapter_file("one"), 200), "does not hold the adapter 'one'"),
+    "no zip": (lambda bundle: (bundle / adapter_file("one")).write_bytes(b"x" * 50), "does not hold the adapter"),
+    "an input less": (lambda bundle: rewritten(lambda arrays: arrays.pop(A), bundle), "does not hold the adapter"),
+    "another width": (
+        lambda bundle: rewritten(lambda arrays: arrays.update({A: np.zeros((61, 4), np.float32)}), bundle),
+        r"is float32 \[61, 4\] instead of float32 \[60, 'any'\]",
+    ),
+    "another type": (
+        lambda bundle: rewritten(lambda arrays: arrays.update({A: np.zeros((60, 4), np.float64)}), bundle),
+        "is float64",
+    ),
+    "another rank": (
+        lambda bundle: rewritten(lambda arrays: arrays.update({A: np.zeros((60, 5), np.float32)}), bundle),
+        "of different ranks",
+    ),
+    "objects": (
+        lambda bundle: rewritten(lambda arrays: arrays.update({A: np.array([[{}]])}), bundle),
+        "does not hold the adapter",
+    ),
+    "more than memory": (claims_much, r"claims \d+ bytes"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_damaged_adapters(damage: Callable[[Path], None], message: str, beside: Bundle, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(beside.path, tmp_path / "bundle"))
+    damage(folder)
+    seal(folder, beside.manifest)  # as somebody would who means it
+    with pytest.raises(LlamaExportError, match=message):
+        load(folder, threads=1, adapter="one")
+
+
+def test_a_changed_number_is_named(beside: Bundle, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(beside.path, tmp_path / "bundle"))
+
+    def change(arrays: dict[str, np.ndarray]) -> None:
+        arrays[B][2, 7] = np.nextafter(arrays[B][2, 7], np.float32(9))
+
+    rewritten(change, folder)
+    seal(folder, beside.manifest)
+    result = verdict(open_bundle(folder))
+    failed = [check for check in result.checks if not check.passed]
+    assert [check.title.split(",")[0] for check in failed] == ["Stored matrices of the adapter one"]
+    assert B in failed[0].details[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"file": "../x.npz"}, "has no ../x.npz"),
+        ({"file": "adapters/none.npz"}, "has no adapters/none.npz"),
+        ({"name": "../up"}, "adapters must have names of their own"),
+        ({"name": "two"}, "adapters must have names of their own"),
+        ({"rank": "4"}, "rank"),
+    ],
+)
+def test_manifests_that_lead_elsewhere(change: dict[str, Any], message: str, beside: Bundle, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(beside.path, tmp_path / "bundle"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["adapters"][0] |= change
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(LlamaExportError, match=message):
+        open_bundle(folder)
+
+
+def test_a_backend_without_adapters_refuses_them(place: Path) -> None:
+    bundle = built(place, "plain", MERGE, reference=False)
+    with pytest.raises(UsageError, match="has none to choose; build with --adapter-mode runtime"):
+        OnnxRuntimeBackend(bundle, threads=1).use_adapter("one")
