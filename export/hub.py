@@ -15,6 +15,12 @@ from ..errors import LlamaExportError, UsageError, did_you_mean
 from ..progress import Progress, Silent
 from .hub_errors import explain, is_a, is_broken_transfer, is_xet, one_line
 
+
+def _any_case(name: str) -> str:
+    """The pattern of `name` in capitals or not: Llama's licence asks for a "Notice" file, others spell it NOTICE."""
+    return "".join(f"[{letter}{letter.lower()}]" if letter.isalpha() else letter for letter in name)
+
+
 _SETTINGS = (
     "config.json",
     "generation_config.json",
@@ -27,9 +33,7 @@ _SETTINGS = (
     "quantize_config.json",
     "quant_config.json",
     "README.md",
-    "LICEN[CS]E*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *(_any_case(name) for name in ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")),
 )
 _WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 _UNWANTED = ("*/*",)  # `*` matches `/` in these patterns: original/model.safetensors would come along

@@ -89,6 +89,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return files | {
         "README.md": b"---\nlicense: apache-2.0\ntags: [a]\n---\n# Tiny\n",
         "USE_POLICY.md": b"Do no harm.\n",
+        "Notice": b"Random weights, all rights reserved.\n",
         "pytorch_model.bin": b"pickle",
         "original/model.safetensors": b"not wanted",
         "training_args.bin": b"pickle",
@@ -114,6 +115,7 @@ def test_a_repository_becomes_a_source(hub: HubServer, client: Client, tmp_path:
     assert result["licence"] == "apache-2.0"
     assert result["files"] == [
         "LICENSE",
+        "Notice",
         "USE_POLICY.md",
         "chat_template.jinja",
         "config.json",
