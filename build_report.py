@@ -39,7 +39,7 @@ class BuildReport:
             f"{size(self.bytes)} in {seconds:.1f} s",
             self.context.reason,
             *self.notes,
-            f"Licence: {manifest.model.licence_told}.",
+            f"Licence: {manifest.model.licence_told.rstrip('.')}.",
             *manifest.model.duties,
         ]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import LlamaExportError
 from .optimize.formats import format_named, stored_bytes
-from .runtime.bundle import CPU_PROVIDER, DATA_FILE, GRAPH_FILE, Bundle, Limits, Shape
+from .runtime.bundle import CPU_PROVIDER, DATA_FILE, GRAPH_FILE, AdapterRecord, Bundle, Limits, Shape
 from .runtime.hashes import is_checked
 from .runtime.reference import WeightRecord, load_index
 from .tables import columns, size
@@ -58,6 +58,7 @@ def _facts(bundle: Bundle) -> list[tuple[str, str]]:
         ("target", f"{manifest.target}, {manifest.dialect} graph for {', '.join(manifest.providers)}"),
         ("precision", manifest.precision),
         ("parameters", _parameters_text(bundle)),
+        *(("" if number else "adapters", text) for number, text in enumerate(map(_adapter_text, manifest.adapters))),
         ("shape", _shape_text(manifest.shape)),
         ("limits", _limits_text(manifest.limits)),
         ("cache", _cache_text(manifest.shape, manifest.limits)),
@@ -119,6 +120,14 @@ def _shape_text(shape: Shape) -> str:
         f"{shape.layers} layers, hidden {shape.hidden}, FFN {shape.ffn}, {shape.heads} heads and {shape.kv_heads} "
         f"KV heads of {shape.head_dim}, vocabulary {shape.vocab:,}"
     )
+
+
+def _adapter_text(adapter: AdapterRecord) -> str:
+    where = "merged" if adapter.file is None else f"to choose: run --adapter {adapter.name}"
+    weight = "" if adapter.weight == 1 else f", times {adapter.weight:g}"
+    base = f", trained on {adapter.base}" if adapter.base else ""
+    licence = f", licence {adapter.licence}" if adapter.licence else ""
+    return f"{adapter.name}, rank {adapter.rank}{weight}, {where}{base}{licence}"
 
 
 def _limits_text(limits: Limits) -> str:
