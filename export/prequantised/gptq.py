@@ -24,6 +24,8 @@ from .stripes import Columns, Stripes
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 BITS = (2, 3, 4, 8)
+_ONES = {2: np.uint32(0x55555555), 4: np.uint32(0x11111111), 8: np.uint32(0x01010101)}
+"""A one in each number of a word."""
 _STEP = 1 << 20
 """Zero points looked at in one go."""
 
@@ -103,7 +105,8 @@ def _bits(module: Module, packed: StoredTensor) -> int:
 class _ZeroPoints:
     """The zero points of some outputs: uint8 [groups, outputs].
 
-    Where one is stored less one, 0 is stored as the largest number, and both kernels and this wrap around.
+    Where they are stored less one, GPTQModel subtracts and adds the ones of a word at once, so that a zero point of 0
+    borrows from its neighbour; with 3 bits, which cross words, number by number. transformers reads them so.
     """
 
     def __init__(self, stored: StoredTensor, bits: int, outputs: int, less_one: bool, stripes: Stripes) -> None:
@@ -113,8 +116,10 @@ class _ZeroPoints:
     def read(self, start: int, stop: int) -> UInt8:
         first = start // UNIT * UNIT  # where a word begins
         words = self._columns(first * self.bits // 32, min(self.stored.shape[1], packed_words(stop, self.bits)))
+        if self._less_one and self.bits in _ONES:
+            words = words.view(np.uint32) + _ONES[self.bits]
         points = unpack(words, self.bits)[:, start - first : stop - first]
-        if self._less_one:
+        if self._less_one and self.bits not in _ONES:
             points = (points + np.uint8(1)) & np.uint8(2**self.bits - 1)
         return points
 

@@ -72,12 +72,17 @@ def packed(numbers: Sequence[int] | np.ndarray, bits: int) -> np.ndarray:
 
 
 def gptq_parts(matrix: Quantised, *, v2: bool = False, g_idx: bool = True) -> Parts:
-    """As AutoGPTQ's `pack` stores them; of version 1 with zero points less one, which wrap around."""
-    less = 0 if v2 else 1
-    points = (matrix.zeros.T - less) % 2**matrix.bits
+    """As AutoGPTQ stores them; of version 1 with zero points less one, which GPTQModel subtracts from whole words."""
+    if v2 or matrix.bits == 3:
+        points = matrix.zeros.T if v2 else (matrix.zeros.T - 1) % 8
+        zeros = np.stack([packed(row, matrix.bits) for row in points])
+    else:
+        ones = sum(1 << place for place in range(0, 32, matrix.bits))
+        words = np.stack([packed(row, matrix.bits) for row in matrix.zeros.T]).astype(np.int64)
+        zeros = ((words - ones) % 2**32).astype(np.uint32).view(np.int32)
     parts = {
         "qweight": np.stack([packed(row, matrix.bits) for row in matrix.codes], axis=1),
-        "qzeros": np.stack([packed(row, matrix.bits) for row in points]),
+        "qzeros": zeros,
         "scales": matrix.scales.T,
         "g_idx": matrix.groups.astype(np.int32),
     }
