@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from . import __version__
 from .build_report import BuildReport
-from .export.adapters import WEIGHTS, Adapter
 from .export.config import model_notes, transformers_config
 from .export.destination import check_destination, require_space, staged
 from .export.families import FAMILIES
 from .export.genai_config import genai_config
 from .export.licences import duties, folder_licence, legal_texts
+from .export.lora.peft_folder import WEIGHTS, Adapter
 from .export.loss import Loss, loss_warning
 from .installed import installed_version
 from .optimize.plan import column_orders
@@ -115,8 +115,8 @@ def _write_model(plan: BuildPlan, folder: Path, clock: _Clock, progress: Progres
     clock.stage("trace", f"Tracing transformers' {FAMILIES[plan.source.shape.family].name}")
     import torch  # noqa: PLC0415 (seconds to import, and only building needs it)
 
-    from .export.adapter_file import write_adapter  # noqa: PLC0415
     from .export.canonical import canonical  # noqa: PLC0415
+    from .export.lora.bundle_file import write_adapter  # noqa: PLC0415
     from .export.rotary import rotary_tables  # noqa: PLC0415
     from .export.write import lay_out, placements, refer, write_data  # noqa: PLC0415
     from .optimize.ort import OrtOptions, lower  # noqa: PLC0415

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .errors import LlamaExportError, UsageError
-from .export.adapters import Adapter, base_mismatch, fitted, merged, read_adapter
+from .export.lora.merge import base_mismatch, fitted, merged
+from .export.lora.peft_folder import Adapter, read_adapter
 from .export.source import Source, open_source
 from .optimize.formats import Format, stored_bytes
 from .optimize.plan import plan_formats

@@ -33,8 +33,8 @@ from ..runtime.reference import (
     fingerprint,
 )
 from ..runtime.threads import physical_cores
-from .adapters import Adapter
 from .config import transformers_config
+from .lora.peft_folder import Adapter
 from .reference import ExactModel
 from .rotary import rotary_tables
 from .source import Source

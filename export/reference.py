@@ -21,8 +21,8 @@ from ..optimize.quantise import stored_values
 from ..optimize.tensors import Float32, SourceTensor
 from ..progress import Progress
 from ..runtime.reference import fingerprint
-from .adapters import LowRank
 from .families import classes
+from .lora.peft_folder import LowRank
 from .rotary import rotary_embedding
 from .trace import window_of
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from llama_export.errors import LlamaExportError, UsageError
-from llama_export.export.adapters import base_mismatch, fitted, merged, read_adapter
+from llama_export.export.lora.merge import base_mismatch, fitted, merged
+from llama_export.export.lora.peft_folder import read_adapter
 from llama_export.export.source import Source, open_source
 from llama_export.optimize.formats import INT4
 from safetensors.numpy import load_file, save_file
