@@ -381,9 +381,10 @@ def test_what_is_wrong_is_said(tmp_path: Path, options: dict[str, Any], why: str
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_damaged_metadata_never_raise_anything_else(tmp_path: Path, kind: str) -> None:
-    path = write_llama_gguf(tmp_path / "model.gguf", layers=1, vocab=330, tokenizer=kind, types="Q4_1")
+@pytest.mark.parametrize(("kind", "types"), [("gpt2", "Q4_1"), ("llama", "Q4_1"), ("gpt2", "Q2_K")])
+def test_damaged_metadata_never_raise_anything_else(tmp_path: Path, kind: str, types: str) -> None:
+    shape = {**WIDE, "vocab": 330, "ffn": 256}
+    path = write_llama_gguf(tmp_path / "model.gguf", tokenizer=kind, types=types, **shape)
     content = path.read_bytes()
     start = min(int(tensor.data_offset) for tensor in gguf.GGUFReader(path).tensors)
     generator = random.Random(2)
@@ -399,6 +400,30 @@ def test_damaged_metadata_never_raise_anything_else(tmp_path: Path, kind: str) -
         except LlamaExportError:
             refused += 1
     assert 100 < refused < 300
+
+
+@pytest.mark.parametrize("kind", ["Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ1_M", "IQ3_S", "IQ4_XS", "MXFP4"])
+def test_damaged_blocks_are_finite_or_refused_by_name(tmp_path: Path, kind: str) -> None:
+    path = write_llama_gguf(tmp_path / "model.gguf", types=kind, **WIDE)
+    content = path.read_bytes()
+    start = min(int(tensor.data_offset) for tensor in gguf.GGUFReader(path).tensors)
+    generator = np.random.default_rng(3)
+    for _ in range(5):
+        damaged = np.frombuffer(content, np.uint8).copy()
+        places = generator.integers(start, len(content), 400)
+        damaged[places] = generator.integers(0, 256, len(places))
+        path.write_bytes(damaged.tobytes())
+        for tensor in open_gguf(path).tensors.values():
+            if tensor.blocks is None:
+                continue
+            try:
+                values, blocks = tensor.read(0, tensor.shape[0]), tensor.blocks(0, tensor.shape[0])
+            except LlamaExportError as error:
+                assert gguf_name(tensor.name) in str(error)
+                continue
+            assert np.isfinite(values).all()
+            assert np.isfinite(blocks.scales).all()
+            assert blocks.codes.max() < 2**blocks.format.bits
 
 
 def test_name_of_a_tensor() -> None:
