@@ -192,14 +192,14 @@ def test_odd_vocabularies(vocab: int, tmp_path: Path) -> None:
 # Sliding windows
 
 
-@pytest.mark.parametrize("window", [1, 5, 39, 40])
+@pytest.mark.parametrize("window", [1, 5, 39])
 def test_windows_in_one_piece_in_chunks_and_in_steps(window: int, tmp_path: Path) -> None:
     """Two rows in one piece and in steps that cross the window's end; one row in chunks longer than the window, since
     GroupQueryAttention takes no chunks of a batch."""
     model = llama(model_type="mistral", sliding_window=window)
     ids = some_ids(model)
     without = logits_of(llama(model_type="mistral", sliding_window=None), ids)
-    assert (np.abs(logits_of(model, ids) - without).max() > 1e-3) == (window < 40)
+    assert np.abs(logits_of(model, ids) - without).max() > 1e-3
     graph, tensors = canonical(model.config, context=41), source_tensors(model)
     path = saved_canonical(graph.clone(), model, tmp_path / "canonical.onnx")
     lowered(graph, model.config, tensors, tmp_path, precision="fp32", context=41)
