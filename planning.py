@@ -12,7 +12,7 @@ from .export.lora.merge import base_mismatch, fitted, merged
 from .export.lora.peft_folder import Adapter, read_adapter
 from .export.source import Source, open_source
 from .optimize.formats import Format, stored_bytes
-from .optimize.plan import plan_formats
+from .optimize.plan import plan_formats, wide_head_of
 from .progress import Progress
 from .targets.context import CACHE_BYTES, ContextChoice, Load, choose_context
 from .targets.devices import Target
@@ -20,6 +20,11 @@ from .targets.made import Made, what_is_made
 
 MERGE, RUNTIME = "merge", "runtime"
 ADAPTER_MODES = (MERGE, RUNTIME)
+
+_NARROWED = (
+    "{head} comes as {dtype}, beside quantised projections; it is stored as int8, since the CPU would widen it to "
+    "float32 and read it whole for each token."
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,9 @@ def plan_build(options: BuildOptions, target: Target, progress: Progress) -> Bui
         source = replace(source, tensors=merged(source.tensors, adapters))
     keeps_own = options.precision is None and source.native_precision is not None
     precision = None if keeps_own else options.precision or target.default_precision
-    formats = plan_formats(source.tensors, precision)
+    formats = plan_formats(source.tensors, precision, wide_head=not made.on_cpu)
+    if precision is None and made.on_cpu and (head := wide_head_of(source.tensors)) is not None:
+        source = replace(source, notes=(*source.notes, _NARROWED.format(head=head, dtype=source.tensors[head].dtype)))
     scale = CACHE_BYTES[made.activations]
     weights: Counter[str] = Counter()
     for name, tensor in source.tensors.items():

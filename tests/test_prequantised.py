@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 from llama_export.export.folder import open_folder
 from llama_export.export.prequantised import stripes
 from llama_export.export.source import Source, open_source
+from llama_export.optimize.formats import EMBEDDING, FP16, HEAD, INT8
+from llama_export.optimize.plan import plan_formats, wide_head_of
 from llama_export.optimize.tensors import SourceTensor
 from support.hf_models import write_json
 from support.prequantised import (
@@ -334,3 +337,19 @@ def test_narrow_stripes_give_the_same(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(stripes.Stripes.__init__, "__kwdefaults__", {"stripe": 3 * 128 * 4, "kept": 4000})
     check(tmp_path / "g", write(tmp_path / "g", gptq_settings(4, 32, False), gptq_parts, shuffled=True))
     check(tmp_path / "a", write(tmp_path / "a", awq_settings(32, "gemm"), awq_parts))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_left_in_floating_point_may_be_narrowed(tied: bool, tmp_path: Path) -> None:
+    """It is read whole for each token; an embedding of its own is not."""
+    write(tmp_path / "m", awq_settings(32, "gemm"), awq_parts, tied=tied)
+    tensors = open_source(str(tmp_path / "m")).tensors
+    head = EMBEDDING if tied else HEAD
+    assert wide_head_of(tensors) == head
+    kept, narrowed = plan_formats(tensors, None), plan_formats(tensors, None, wide_head=False)
+    assert kept[head] == FP16
+    assert narrowed == {**kept, head: INT8}
+    dense = {name: replace(tensor, format=FP16) for name, tensor in tensors.items()}
+    assert wide_head_of(dense) is None
+    assert plan_formats(dense, None, wide_head=False) == plan_formats(dense, None)
+    assert plan_formats(tensors, "int4", wide_head=False) == plan_formats(tensors, "int4")
