@@ -24,7 +24,7 @@ def read_array(
         fits = len(found) == len(shape) and all(want in (None, have) for have, want in zip(found, shape, strict=True))
         if not fits or kind != np.dtype(dtype):
             wanted = [size if size is not None else "any" for size in shape]
-            raise ValueError(f"{name} is {kind} {list(found)} instead of {np.dtype(dtype)} {wanted}")
+            raise ValueError(f"{name} is {kind} {list(found)}, but {np.dtype(dtype)} {wanted} is expected")
         size = math.prod(found) * kind.itemsize
         if size > most_bytes:
             raise ValueError(f"{name} claims {size} bytes")

@@ -223,7 +223,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "an input less": (lambda bundle: rewritten(lambda arrays: arrays.pop(A), bundle), "does not hold the adapter"),
     "another width": (
         lambda bundle: rewritten(lambda arrays: arrays.update({A: np.zeros((61, 4), np.float32)}), bundle),
-        r"is float32 \[61, 4\] instead of float32 \[60, 'any'\]",
+        r"is float32 \[61, 4\], but float32 \[60, 'any'\] is expected",
     ),
     "another type": (
         lambda bundle: rewritten(lambda arrays: arrays.update({A: np.zeros((60, 4), np.float64)}), bundle),

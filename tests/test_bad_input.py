@@ -79,7 +79,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         lambda at: config(at, model_type="llama4", architectures=["Llama4ForConditionalGeneration"]),
         ("Llama 4",),
     ),
-    "Mistral": (lambda at: config(at, model_type="mistral", architectures=["MistralForCausalLM"]), ("mistral",)),
+    "Gemma": (lambda at: config(at, model_type="gemma", architectures=["GemmaForCausalLM"]), ("gemma", "mistral")),
     "truncated weights": (lambda at: truncate(at / "model.safetensors", 1000), ("model.safetensors", "bytes")),
     "weights of one byte": (lambda at: (at / "model.safetensors").write_bytes(b"x"), ("model.safetensors",)),
     "weights with a huge header": (
