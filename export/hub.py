@@ -35,7 +35,7 @@ _SETTINGS = (
     "README.md",
     *(_any_case(name) for name in ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")),
 )
-_WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+_WEIGHTS = ("model.safetensors", "model-*.safetensors", "gptq_model-*.safetensors", "model.safetensors.index.json")
 _UNWANTED = ("*/*",)  # `*` matches `/` in these patterns: original/model.safetensors would come along
 _MODULES = ("huggingface_hub", "huggingface_hub.constants", "huggingface_hub.errors")
 _PAUSES = (1, 2, 4)
@@ -79,7 +79,7 @@ def download_weights(repo: str, settings: Download, options: HubOptions) -> None
     """Bring the safetensors of the same commit beside the settings. Raises as `download_settings` does."""
     hub = _huggingface_hub()
     folder = _snapshot(hub, repo, replace(options, revision=settings.revision), _WEIGHTS)
-    if not any(folder.glob("model*.safetensors")):
+    if not any(path for name in _WEIGHTS[:-1] for path in folder.glob(name)):
         _explain_absent_weights(hub, repo, options)
 
 

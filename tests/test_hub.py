@@ -167,6 +167,29 @@ def test_another_architecture_is_refused_before_its_weights_come(hub: HubServer,
     assert not [seen for seen in hub.seen if "safetensors" in seen.path]
 
 
+def test_a_quantisation_that_is_not_read_is_refused_before_its_weights_come(hub: HubServer, client: Client) -> None:
+    files = hub.repos["org/tiny"].files
+    method = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    files["config.json"] = json.dumps(json.loads(files["config.json"]) | {"quantization_config": method}).encode()
+    assert "'bitsandbytes', which stores numbers of a code book" in client.open()["error"]
+    assert not [seen for seen in hub.seen if "safetensors" in seen.path]
+
+
+def test_settings_of_old_gptq_repositories_come_along(hub: HubServer, client: Client) -> None:
+    hub.repos["org/tiny"].files["quantize_config.json"] = json.dumps({"bits": 5}).encode()
+    assert "GPTQ in 5 bits; 2, 3, 4, 8 are read" in client.open()["error"]
+    assert not [seen for seen in hub.seen if "safetensors" in seen.path]
+
+
+def test_weights_under_the_name_that_autogptq_gave_them(hub: HubServer, client: Client) -> None:
+    files = hub.repos["org/tiny"].files
+    for name in [name for name in files if "safetensors" in name]:
+        del files[name]
+    files["gptq_model-4bit-128g.safetensors"] = b"12345678"
+    assert "gptq_model-4bit-128g.safetensors" in client.open()["error"]
+    assert len(hub.gets("gptq_model-4bit-128g.safetensors")) == 1
+
+
 @pytest.mark.parametrize("model", ["org/tinny", "gpt2"])
 def test_an_unknown_repository(client: Client, model: str) -> None:
     for options in ({}, {"token": TOKEN}):
