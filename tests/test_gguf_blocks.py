@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import time
 import tracemalloc
+from pathlib import Path
 
 import gguf
+import llama_export
 import numpy as np
 import pytest
 from gguf.quants import dequantize, quantize
 from llama_export.export.gguf.blocks import ENCODINGS, FORMATS, decode_blocks, decode_values
 from llama_export.export.gguf.encoding import NotFiniteError
-from llama_export.optimize.formats import BLOCKS, format_named
+from llama_export.optimize.formats import BLOCKS, format_named, stored_bytes
 from llama_export.optimize.quantise import dequantise
 from llama_export.optimize.tensors import UInt8
 
@@ -181,3 +184,16 @@ def test_decoding_takes_little_memory_and_time(name: str) -> None:
     tracemalloc.stop()
     assert peak < 40 << 20
     assert seconds < 1
+
+
+def test_the_document_tells_what_each_type_becomes() -> None:
+    page = Path(llama_export.__file__).parent / "docs" / "models.md"
+    rows = re.findall(
+        r"^\| (\w+) \| ([\d.]+) \| `([\w-]+)` \| ([\d.]+) \|$", page.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    told = {name: (float(in_file), format, float(stored)) for name, in_file, format, stored in rows}
+    sizes = {name: gguf.GGML_QUANT_SIZES[kind_of(name)] for name in FORMATS}
+    assert told == {
+        name: (size * 8 / block, FORMATS[name].name, stored_bytes((1, 256), FORMATS[name]) * 8 / 256)
+        for name, (block, size) in sizes.items()
+    }
