@@ -12,12 +12,13 @@ import gguf
 import numpy as np
 import onnx
 import pytest
-from llama_export.benchmarks import depth, export, gguf_export, report, run
+from llama_export.benchmarks import adapters, depth, export, gguf_export, report, run
 from llama_export.benchmarks.checkpoints import SHAPES, Config, byte_tokenizer, tensors, write_checkpoint
 from llama_export.benchmarks.measure import measure
 from llama_export.benchmarks.workers import protocol
 from llama_export.export.config import expected_tensors
 from llama_export.export.source import open_source
+from support.hf_models import write_llama_folder
 from tokenizers import Tokenizer
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -225,3 +226,15 @@ def test_bytes_per_token_of_other_formats_are_their_files(tmp_path: Path) -> Non
         (tmp_path / name).write_bytes(bytes(size))
     assert run.bytes_per_token(tmp_path, tied=True) == 24
     assert run.bytes_per_token(tmp_path / "model-1.safetensors", tied=True) == 11
+
+
+def test_the_cost_of_adapters_is_measured(tmp_path: Path) -> None:
+    checkpoint = write_llama_folder(tmp_path / "llama")
+    arguments = SimpleNamespace(checkpoint=checkpoint, rank=3, prompt=9, new=4, rounds=2, threads=1)
+    (tmp_path / "work").mkdir()
+    found = adapters.measure(arguments, tmp_path / "work")
+    assert list(found) == [adapters.PLAIN, adapters.NONE, "every projection", "q and v"]
+    assert all(speed > 0 for pair in found.values() for speed in pair)
+    lines = adapters.markdown(found).splitlines()
+    assert lines[2].startswith(f"| {adapters.PLAIN} |")
+    assert lines[2].endswith("| 1.00 | 1.00 |")
