@@ -42,6 +42,7 @@ def main() -> None:
 @click.option(
     "--precision", type=click.Choice(PRECISIONS), help="Of the weights; default: the target's, or the GGUF's own."
 )
+@click.option("--head-precision", type=click.Choice(PRECISIONS), help="Of the head alone; default: as the others.")
 @click.option("--context", type=click.IntRange(min=1), help="Most tokens; default: what model and target allow.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Most texts at once.")
 @click.option("--revision", help="Branch, tag or commit on the hub.")

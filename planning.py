@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .errors import LlamaExportError, UsageError
 from .export.lora.merge import base_mismatch, fitted, merged
 from .export.lora.peft_folder import Adapter, read_adapter
+from .export.lora.sizes import numbers_beside
 from .export.source import Source, open_source
 from .optimize.formats import Format, stored_bytes
-from .optimize.plan import plan_formats, wide_head_of
+from .optimize.plan import has_wide_head, head_of, plan_formats
+from .optimize.quantise import dense_format
 from .progress import Progress
 from .targets.context import CACHE_BYTES, ContextChoice, Load, choose_context
 from .targets.devices import Target
@@ -21,9 +23,9 @@ from .targets.made import Made, what_is_made
 MERGE, RUNTIME = "merge", "runtime"
 ADAPTER_MODES = (MERGE, RUNTIME)
 
-_NARROWED = (
-    "{head} comes as {dtype}, beside quantised projections; it is stored as int8, since the CPU would widen it to "
-    "float32 and read it whole for each token."
+_WIDE_HEAD = (
+    "{head} stays {format}, as the checkpoint has it; the CPU widens it to float32 and reads it whole for each token: "
+    "--head-precision int8 makes the bundle quicker, at some loss."
 )
 
 
@@ -39,6 +41,7 @@ class BuildOptions:
     target: str
     output: Path
     precision: str | None = None
+    head_precision: str | None = None
     context: int | None = None
     batch: int = 1
     revision: str | None = None
@@ -55,7 +58,7 @@ class BuildPlan:
     """All that is decided before anything is made.
 
     source: with adapters merged in, where they are to be. adapters: all of them; merged: whether they are in the
-    weights. weights: bytes of them as stored.
+    weights. stored: bytes of weights, and of adapters beside them.
     """
 
     source: Source
@@ -65,7 +68,7 @@ class BuildPlan:
     made: Made
     precision: str
     formats: Mapping[str, Format]
-    weights: int
+    stored: int
     context: ContextChoice
     batch: int
 
@@ -88,17 +91,30 @@ def plan_build(options: BuildOptions, target: Target, progress: Progress) -> Bui
         source = replace(source, tensors=merged(source.tensors, adapters))
     keeps_own = options.precision is None and source.native_precision is not None
     precision = None if keeps_own else options.precision or target.default_precision
-    formats = plan_formats(source.tensors, precision, wide_head=not made.on_cpu)
-    if precision is None and made.on_cpu and (head := wide_head_of(source.tensors)) is not None:
-        source = replace(source, notes=(*source.notes, _NARROWED.format(head=head, dtype=source.tensors[head].dtype)))
-    scale = CACHE_BYTES[made.activations]
+    formats = plan_formats(source.tensors, precision, options.head_precision)
+    if precision is None and made.on_cpu and has_wide_head(source.tensors, formats):
+        head = head_of(source.tensors)
+        note = _WIDE_HEAD.format(head=head, format=formats[head].name)
+        source = replace(source, notes=(*source.notes, note))
+    weights, beside = _weight_bytes(source, formats, made), _bytes_beside(() if merge else adapters, source, made)
+    loaded = weights + Counter({dense_format(made.activations).name: max(beside, default=0)})  # one at a time
+    load = Load(source.shape, loaded, made.activations, made.on_cpu, options.batch)
+    context = choose_context(target, load, source.shape.max_positions, options.context, source.shape.longest)
+    named, stored = precision or str(source.native_precision), weights.total() + sum(beside)
+    return BuildPlan(source, adapters, merge, target, made, named, formats, stored, context, options.batch)
+
+
+def _weight_bytes(source: Source, formats: Mapping[str, Format], made: Made) -> Counter[str]:
+    """Bytes of the weights as stored, by the name of their format."""
     weights: Counter[str] = Counter()
     for name, tensor in source.tensors.items():
-        weights[formats[name].name] += stored_bytes(tensor.shape, formats[name], scale)
-    load = Load(source.shape, weights, made.activations, made.on_cpu, options.batch)
-    context = choose_context(target, load, source.shape.max_positions, options.context, source.shape.longest)
-    named = precision or str(source.native_precision)
-    return BuildPlan(source, adapters, merge, target, made, named, formats, weights.total(), context, options.batch)
+        weights[formats[name].name] += stored_bytes(tensor.shape, formats[name], CACHE_BYTES[made.activations])
+    return weights
+
+
+def _bytes_beside(adapters: Sequence[Adapter], source: Source, made: Made) -> list[int]:
+    """Bytes of the matrices of each adapter that stays beside the weights."""
+    return [numbers_beside(adapter, source.tensors) * CACHE_BYTES[made.activations] for adapter in adapters]
 
 
 def _open_adapters(options: BuildOptions, source: Source, progress: Progress) -> tuple[Adapter, ...]:

@@ -9,25 +9,24 @@ from .tensors import Int64, SourceTensor
 
 
 def plan_formats(
-    tensors: Mapping[str, SourceTensor], precision: str | None, *, wide_head: bool = True
+    tensors: Mapping[str, SourceTensor], precision: str | None, head: str | None = None
 ) -> dict[str, Format]:
     """Decide the stored format of every tensor; `precision` None keeps what the checkpoint has.
 
-    wide_head: whether that holds, too, for a head in floating point beside projections that come quantised. Quantisers
-    mostly leave it out; without, it becomes int8, as it is read whole for each token.
-    Vectors (norms, biases) stay in full precision: they are read once a token and weigh nothing. An embedding of its
-    own (not tied to the head) is never below 8 bits: no sum over it averages its error away. Rows that are no multiple
-    of the block cannot be gathered in blocks, such an embedding is stored as fp16.
+    head: a precision of the head alone, also where it is the embedding too; None for that of all. Vectors (norms,
+    biases) stay in full precision: they are read once a token and weigh nothing. An embedding of its own (not tied to
+    the head) is never below 8 bits: no sum over it averages its error away. Rows that are no multiple of the block
+    cannot be gathered in blocks, such an embedding is stored as fp16.
     """
-    tied = HEAD not in tensors
-    narrow = None if wide_head else wide_head_of(tensors)
+    tied, head_name = HEAD not in tensors, head_of(tensors)
 
     def decide(tensor: SourceTensor) -> Format:
         if len(tensor.shape) == 1:
             return FP32
-        if precision is None:
-            return INT8 if tensor.name == narrow else tensor.format
-        chosen = precision_format(precision)
+        asked = head if head is not None and tensor.name == head_name else precision
+        if asked is None:
+            return tensor.format
+        chosen = precision_format(asked)
         if tensor.name == EMBEDDING and chosen.quantised:
             if tensor.shape[1] % BLOCK:
                 return FP16
@@ -37,12 +36,16 @@ def plan_formats(
     return {name: decide(tensor) for name, tensor in tensors.items()}
 
 
-def wide_head_of(tensors: Mapping[str, SourceTensor]) -> str | None:
-    """The name of a head in floating point beside projections that come quantised; None where there is none."""
-    head = tensors[HEAD if HEAD in tensors else EMBEDDING]
-    if head.format.quantised or head.shape[1] % BLOCK:
-        return None
-    return head.name if any(tensor.format.quantised for tensor in tensors.values()) else None
+def head_of(tensors: Mapping[str, SourceTensor]) -> str:
+    """The name of the head's weight, which may be the embedding."""
+    return HEAD if HEAD in tensors else EMBEDDING
+
+
+def has_wide_head(tensors: Mapping[str, SourceTensor], formats: Mapping[str, Format]) -> bool:
+    """Whether the head is stored in floating point beside projections in blocks, so that it is most of what is read for
+    a token.
+    """
+    return not formats[head_of(tensors)].quantised and any(format.quantised for format in formats.values())
 
 
 def column_orders(tensors: Mapping[str, SourceTensor], formats: Mapping[str, Format]) -> dict[str, Int64]:

@@ -57,3 +57,14 @@ def test_the_tools_are_those_that_are_here() -> None:
 def test_the_command_line_knows_every_precision() -> None:
     """It keeps a list of its own, since importing the formats takes a device's time."""
     assert tuple(cli.PRECISIONS) == tuple(PRECISIONS)
+
+
+def test_a_head_of_its_own_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = write_llama_folder(tmp_path / "llama")
+    build(BuildOptions(str(model), "cpu", tmp_path / "out", "int4", head_precision="int8"))
+    index = json.loads((tmp_path / "out/reference/reference.json").read_text())
+    formats = {record["name"]: record["format"] for record in index["weights"]}
+    assert formats["lm_head.weight"] == "int8"
+    assert formats["model.layers.1.mlp.up_proj.weight"] == "int4"
+    assert verify(open_bundle(tmp_path / "out"), check_hashes=True, threads=2, progress=Silent()).passed

@@ -14,8 +14,6 @@ import torch
 from llama_export.build_report import BuildReport
 from llama_export.errors import LlamaExportError
 from llama_export.export.config import transformers_config
-from llama_export.optimize.formats import FP16, INT8, Format
-from llama_export.optimize.quantise import dequantise, quantise
 from llama_export.pipeline import build
 from llama_export.planning import BuildOptions
 from llama_export.progress import Silent
@@ -76,23 +74,21 @@ def test_a_bundle_computes_what_pytorch_does(kind: str, tmp_path: Path, monkeypa
     contents, report = made(kind, tmp_path)
     assert report.manifest.precision == KINDS[kind][0]["quant_method"]
     assert report.losses == []
-    assert any("lm_head.weight comes as" in note and "stored as int8" in note for note in report.notes)
+    assert any("lm_head.weight stays" in note and "--head-precision int8" in note for note in report.notes)
     verdict = verify(open_bundle(tmp_path / "bundle"), check_hashes=True, threads=2, progress=Silent())
     assert verdict.passed, verdict.lines()
     check_codes(tmp_path / "bundle", contents)
     exact = tmp_path / "bundle" / "exact.onnx"
     exact.write_bytes(with_accuracy_level((tmp_path / "bundle" / "model.onnx").read_bytes(), 0))
     ids = np.random.default_rng(3).integers(0, 300, (1, 24))
-    expected = logits_of(dequantised(tmp_path / "m", contents, INT8), ids)
+    expected = logits_of(dequantised(tmp_path / "m", contents), ids)
     assert np.abs(run_ort(session(exact), ids, (17, 23, 24)) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-def dequantised(path: Path, contents: Contents, head: Format) -> LlamaForCausalLM:
+def dequantised(path: Path, contents: Contents) -> LlamaForCausalLM:
     """PyTorch's model in float32 with the values that the checkpoint's numbers stand for."""
     model = LlamaForCausalLM(transformers_config(json.loads((path / "config.json").read_text()))).eval()
     values = {name: values_of(content) for name, content in contents.items()}
-    if head.quantised:
-        values["lm_head.weight"] = dequantise(quantise(values["lm_head.weight"], head), SIZES["hidden"])
     model.load_state_dict({name: torch.from_numpy(value) for name, value in values.items()})
     return model
 
@@ -120,7 +116,7 @@ def test_float16_activations_keep_float16_scales(tmp_path: Path) -> None:
     assert not any("lm_head.weight" in note for note in report.notes)
     check_codes(tmp_path / "bundle", contents)
     ids = np.random.default_rng(3).integers(0, 300, (1, 24))
-    expected = logits_of(dequantised(tmp_path / "m", contents, FP16), ids)
+    expected = logits_of(dequantised(tmp_path / "m", contents), ids)
     found = run_ort(session(tmp_path / "bundle" / "model.onnx"), ids, (17, 24))
     assert np.abs(found - expected).max() < 0.01 * np.abs(expected).max()
 
