@@ -7,7 +7,6 @@ and the graph gives the model itself.
 
 from __future__ import annotations
 
-import math
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +27,7 @@ Inputs = Mapping[str, tuple[int | None, ...]]
 
 def adapter_named(bundle: Bundle, name: str) -> AdapterRecord:
     """The record of an adapter that can be chosen. Raises UsageError naming those that can be."""
-    found = {record.name: record for record in bundle.manifest.adapters if record.file is not None}
+    found = {record.name: record for record in bundle.manifest.choices}
     if name in found:
         return found[name]
     merged = any(record.name == name for record in bundle.manifest.adapters)
@@ -39,11 +38,15 @@ def adapter_named(bundle: Bundle, name: str) -> AdapterRecord:
 
 
 def adapter_inputs(session: Any) -> dict[str, tuple[int | None, ...]]:
-    """The inputs for adapters of a session's graph, each with its shape, None for the rank."""
-    return {
-        value.name: tuple(size if isinstance(size, int) else None for size in value.shape)
+    """The inputs for adapters of a session's graph, each with its shape, None for the rank, whatever it says there."""
+    found = {
+        value.name: [size if isinstance(size, int) else None for size in value.shape]
         for value in session.get_overridable_initializers()
-        if value.name.endswith(SUFFIXES)
+    }
+    return {
+        name: (shape[0], None) if name.endswith(SUFFIXES[0]) else (None, shape[1])
+        for name, shape in found.items()
+        if name.endswith(SUFFIXES) and len(shape) == 2
     }
 
 
@@ -61,9 +64,8 @@ def load_adapter(bundle: Bundle, name: str, inputs: Inputs) -> Matrices:
     path = bundle.path / str(record.file)
     dtype = np.dtype(bundle.manifest.shape.cache_dtype)
     try:
-        room = path.stat().st_size
         with zipfile.ZipFile(path) as archive:
-            matrices = {name: read_array(archive, name, dtype, shape, room) for name, shape in inputs.items()}
+            matrices = _read(archive, inputs, dtype, path.stat().st_size)
     except Exception as error:  # zipfile, zlib and NumPy each have kinds of their own for what is damaged
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise LlamaExportError(
@@ -71,7 +73,20 @@ def load_adapter(bundle: Bundle, name: str, inputs: Inputs) -> Matrices:
         ) from error
     for first in (key for key in matrices if key.endswith(SUFFIXES[0])):
         second = first.removesuffix(SUFFIXES[0]) + SUFFIXES[1]
-        ranks = matrices[first].shape[1], matrices[second].shape[0] if second in matrices else -1
-        if ranks[0] != ranks[1] or math.prod(matrices[first].shape) * dtype.itemsize > room:
+        if second not in matrices or matrices[first].shape[1] != matrices[second].shape[0]:
             raise LlamaExportError(f"{path} holds {first} and {second} of different ranks; build the bundle again.")
+    return matrices
+
+
+def _read(archive: zipfile.ZipFile, inputs: Inputs, dtype: npt.DTypeLike, room: int) -> Matrices:
+    """The matrices, which together may take `room` bytes: they are stored as they are.
+
+    Raises ValueError when there are others, and as `read_array` does.
+    """
+    if others := sorted(set(archive.namelist()) - {f"{name}.npy" for name in inputs}):
+        raise ValueError(f"{others[0]} is no input of the graph")
+    matrices = {}
+    for name, shape in inputs.items():
+        matrices[name] = np.ascontiguousarray(read_array(archive, name, dtype, shape, room))
+        room -= matrices[name].nbytes
     return matrices

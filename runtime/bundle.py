@@ -24,16 +24,17 @@ GRAPH_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 """The graph, and next to it its weights."""
 ADAPTERS = "adapters"
 """The folder of the adapters that lie beside the weights."""
+REFERENCE, REFERENCE_FILES = "reference", ("reference.json", "logits.npz")
+"""The folder of what PyTorch computed, and what is in it; the same again for each adapter, see `reference_folder`."""
 USED_FILES = (
     GRAPH_FILE,
     DATA_FILE,
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
-    "reference/reference.json",
-    "reference/logits.npz",
+    *(f"{REFERENCE}/{name}" for name in REFERENCE_FILES),
 )
-"""What the runtime reads where it is there, so the manifest has to know it."""
+"""What the runtime reads where it is there, so the manifest has to know it; and so of the reference of each adapter."""
 
 DIALECTS = ("ort", "trt", "trt-primitive")
 CACHE_DTYPES = ("float32", "float16")
@@ -155,6 +156,11 @@ class Manifest:
         """The execution provider without which the bundle does not run."""
         return self.providers[0] if self.providers else CPU_PROVIDER
 
+    @property
+    def choices(self) -> tuple[AdapterRecord, ...]:
+        """The adapters that lie beside the weights, of which one can be chosen."""
+        return tuple(adapter for adapter in self.adapters if adapter.file is not None)
+
     @staticmethod
     def from_json(text: str | bytes) -> Manifest:
         """Read a manifest. Raises LlamaExportError when it is not JSON, of a newer schema, or in any way not valid."""
@@ -230,6 +236,11 @@ def adapter_file(name: str) -> str:
     return f"{ADAPTERS}/{name}.npz"
 
 
+def reference_folder(adapter: str | None) -> str:
+    """Where the reference of a bundle lies, or that of one of its adapters."""
+    return REFERENCE if adapter is None else f"{REFERENCE}/{ADAPTERS}/{adapter}"
+
+
 def is_safe_name(name: str) -> bool:
     """Tell whether `name` is a relative path with forward slashes that stays in its folder on every system."""
     return name != MANIFEST and not any(
@@ -280,16 +291,21 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     for name in (MANIFEST, *bundle.manifest.files):
         refuse_escape(bundle.path, name)
         _refuse_device(bundle.path / name)
-    for adapter in bundle.manifest.adapters:
-        if adapter.file is not None:
-            bundle.file(adapter.file)
-    for name in USED_FILES:
+    for adapter in bundle.manifest.choices:
+        bundle.file(str(adapter.file))
+    for name in _used_files(bundle.manifest):
         if name not in bundle.manifest.files and os.path.lexists(bundle.path / name):
             raise LlamaExportError(
                 f"{bundle.path / name} is not in the bundle's {MANIFEST}, so nothing vouches for it; "
                 "copy the bundle again."
             )
     return bundle
+
+
+def _used_files(manifest: Manifest) -> Iterator[str]:
+    yield from USED_FILES
+    for adapter in manifest.choices:
+        yield from (f"{reference_folder(adapter.name)}/{name}" for name in REFERENCE_FILES)
 
 
 def _refuse_device(path: Path) -> None:

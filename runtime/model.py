@@ -104,7 +104,7 @@ class Model:
     @property
     def adapters(self) -> tuple[str, ...]:
         """The adapters that can be chosen."""
-        return tuple(record.name for record in self.bundle.manifest.adapters if record.file is not None)
+        return tuple(record.name for record in self.bundle.manifest.choices)
 
     def use_adapter(self, name: str | None) -> None:
         """Write with an adapter of the bundle from now on; None is the model without any.

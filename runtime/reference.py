@@ -21,16 +21,16 @@ import numpy.typing as npt
 
 from ..errors import LlamaExportError
 from .arrays import Float32, Float64, Int32
+from .bundle import REFERENCE_FILES, reference_folder
 from .decode_json import decode
 from .npz import read_array
 
-FOLDER = "reference"
 SCHEMA_VERSION = 1
 ORDER = "order"
 """The role of the initializer that says which column each stored column is, and the format of such initializers."""
 TOP = 64
 SAMPLES = 256
-_INDEX, _LOGITS = "reference.json", "logits.npz"
+_INDEX, _LOGITS = REFERENCE_FILES
 _MAX_BYTES = 64 << 20
 """Of each file, and of its arrays when they are unpacked."""
 _MAX_VOCAB = 1 << 24
@@ -161,11 +161,6 @@ def fingerprint(rows: Iterator[Float32]) -> tuple[str, float]:
         with np.errstate(over="ignore", invalid="ignore"):
             squares += float(np.dot(flat, flat))
     return digest.hexdigest(), squares**0.5
-
-
-def reference_folder(adapter: str | None) -> str:
-    """Where the reference of a bundle lies, or that of one of its adapters."""
-    return FOLDER if adapter is None else f"{FOLDER}/adapters/{adapter}"
 
 
 def save_reference(reference: Reference, bundle: Path, adapter: str | None = None) -> None:

@@ -141,8 +141,14 @@ def _check_signature(session: Any, manifest: Manifest) -> None:
         **{PAST + name: cache for name in cache_names(shape)},
     }
     found = {value.name: value.shape for value in (*session.get_inputs(), *session.get_overridable_initializers())}
-    if any(adapter.file is not None for adapter in manifest.adapters):
-        found = {name: shape for name, shape in found.items() if name not in adapter_inputs(session)}
+    if manifest.choices:
+        slots = adapter_inputs(session)
+        if not slots:
+            raise LlamaExportError(
+                f"The graph does not fit its manifest, which has the adapter {manifest.choices[0].name}: it has no "
+                "inputs for adapters; build the bundle again."
+            )
+        found = {name: shape for name, shape in found.items() if name not in slots}
     for name in sorted(expected.keys() | found.keys()):
         if name not in expected or name not in found or not _fits(found[name], expected[name]):
             raise LlamaExportError(

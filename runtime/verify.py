@@ -170,10 +170,9 @@ def _replays(bundle: Bundle, reference: Reference, progress: Progress, threads: 
     progress.stage("Replaying with the kernels that ship")
     backend = OnnxRuntimeBackend(bundle, threads=threads)
     yield _shipped(_replay_shipped(backend, reference, kept), limits)
-    for adapter in bundle.manifest.adapters:
-        if adapter.file is not None:
-            progress.stage(f"Replaying with the adapter {adapter.name}")
-            yield from _adapter(bundle, adapter.name, backend, exact, threads)
+    for adapter in bundle.manifest.choices:
+        progress.stage(f"Replaying with the adapter {adapter.name}")
+        yield from _adapter(bundle, adapter.name, backend, exact, threads)
 
 
 def _adapter(bundle: Bundle, name: str, backend: OnnxRuntimeBackend, exact: bytes, threads: int) -> Iterator[Check]:

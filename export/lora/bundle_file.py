@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from ...errors import LlamaExportError
 from ...optimize.ort.low_rank import A_SUFFIX, B_SUFFIX, Slot
 from ...optimize.quantise import dense_format
 from ...runtime.bundle import adapter_file
@@ -22,7 +23,8 @@ def write_adapter(adapter: Adapter, slots: Sequence[Slot], folder: Path, dtype: 
     """Write the matrices of `adapter` for every slot of the graph, in `dtype`, into the bundle that is being made; one
     product at a time is in memory.
 
-    Returns what verify compares, of the matrices that hold anything.
+    Returns what verify compares, of the matrices that hold anything. Raises LlamaExportError when a number is not
+    finite, or not in `dtype`.
     """
     path = folder / adapter_file(adapter.name)
     path.parent.mkdir(exist_ok=True)
@@ -30,6 +32,11 @@ def write_adapter(adapter: Adapter, slots: Sequence[Slot], folder: Path, dtype: 
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for slot in slots:
             for name, matrix in _matrices(adapter, slot, dtype):
+                if not np.isfinite(matrix).all():
+                    raise LlamaExportError(
+                        f"The adapter {adapter.name} holds numbers in {name} that are NaN, infinite, or too large for "
+                        f"{np.dtype(dtype)}; take the adapter again, or use -t cpu, which computes in float32."
+                    )
                 with archive.open(zipfile.ZipInfo(f"{name}.npy", _DATE), "w", force_zip64=True) as file:
                     np.lib.format.write_array(file, matrix, version=(1, 0), allow_pickle=False)
                 if matrix.size:
@@ -44,11 +51,12 @@ def _matrices(adapter: Adapter, slot: Slot, dtype: npt.DTypeLike) -> Iterator[tu
     rank, outputs = sum(part.rank for part in parts if part is not None), sum(slot.rows)
     a, b = np.zeros((slot.columns, rank), dtype), np.zeros((rank, outputs), dtype)
     across = down = 0
-    for part, rows in zip(parts, slot.rows, strict=True):
-        if part is not None:
-            a[:, across : across + part.rank] = part.a.floats(0, part.rank).T
-            b[across : across + part.rank, down : down + rows] = part.scaled_b(0, rows).T
-            across += part.rank
-        down += rows
+    with np.errstate(over="ignore"):  # the caller looks for infinity
+        for part, rows in zip(parts, slot.rows, strict=True):
+            if part is not None:
+                a[:, across : across + part.rank] = part.a.floats(0, part.rank).T
+                b[across : across + part.rank, down : down + rows] = part.scaled_b(0, rows).T
+                across += part.rank
+            down += rows
     yield slot.name + A_SUFFIX, a
     yield slot.name + B_SUFFIX, b

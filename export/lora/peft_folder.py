@@ -59,7 +59,10 @@ class LowRank:
 
     def delta(self, start: int, stop: int, dtype: npt.DTypeLike = np.float32) -> Float32:
         """Rows [start, stop) of what is added, float32 [stop - start, inputs]; of matrices stored in `dtype`."""
-        a, b = (half.astype(dtype).astype(np.float32) for half in (_whole(self.a), self.scaled_b(start, stop)))
+        a, b = (
+            half.astype(dtype, copy=False).astype(np.float32, copy=False)
+            for half in (_whole(self.a), self.scaled_b(start, stop))
+        )
         added: Float32 = b @ a
         return added
 
