@@ -83,7 +83,7 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildRepor
     place = check_destination(options.output, force=options.force)
     clock.stage("open", f"Opening {options.model}")
     plan = plan_build(options, target, progress)
-    require_space(place.parent, plan.weights + _BESIDE_WEIGHTS)
+    require_space(place.parent, plan.stored + _BESIDE_WEIGHTS)
     if plan.context.warning:
         progress.warn(plan.context.warning)
     with staged(options.output, force=options.force) as folder:
