@@ -7,6 +7,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ import numpy as np
 import pytest
 import torch
 from llama_export.errors import LlamaExportError, UsageError
+from llama_export.export.lora.peft_folder import read_adapter
+from llama_export.export.lora.sizes import numbers_beside
+from llama_export.export.source import open_source
 from llama_export.pipeline import build
 from llama_export.planning import MERGE, RUNTIME, BuildOptions
 from llama_export.runtime import GenerationOptions, load
 from llama_export.runtime.backend import OnnxRuntimeBackend
 from llama_export.runtime.bundle import Bundle, Manifest, adapter_file, open_bundle, seal
 from llama_export.runtime.verify import Verdict, verify
+from safetensors.numpy import load_file, save_file
 from support.command import call
 from support.gguf_models import write_llama_gguf
 from support.hf_models import write_llama_folder
@@ -237,6 +242,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda bundle: rewritten(lambda arrays: arrays.update({A: np.array([[{}]])}), bundle),
         "does not hold the adapter",
     ),
+    "an input more": (
+        lambda bundle: rewritten(lambda arrays: arrays.update({f"x.{A}": arrays[A]}), bundle),
+        f"x.{A}.npy is no input of the graph",
+    ),
     "more than memory": (claims_much, r"claims \d+ bytes"),
 }
 
@@ -283,7 +292,45 @@ def test_manifests_that_lead_elsewhere(change: dict[str, Any], message: str, bes
         open_bundle(folder)
 
 
-def test_a_backend_without_adapters_refuses_them(place: Path) -> None:
-    bundle = built(place, "plain", MERGE, reference=False)
+def test_references_of_adapters_are_vouched_for(beside: Bundle, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(beside.path, tmp_path / "bundle"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]["reference/adapters/two/reference.json"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(LlamaExportError, match=r"two/reference.json is not in the bundle's manifest.json"):
+        open_bundle(folder)
+
+
+def test_graph_and_manifest_speak_of_the_same_adapters(place: Path, beside: Bundle, tmp_path: Path) -> None:
+    plain = built(place, "plain", MERGE, reference=False)
     with pytest.raises(UsageError, match="has none to choose; build with --adapter-mode runtime"):
-        OnnxRuntimeBackend(bundle, threads=1).use_adapter("one")
+        OnnxRuntimeBackend(plain, threads=1).use_adapter("one")
+    folder = Path(shutil.copytree(plain.path, tmp_path / "claims"))
+    shutil.copytree(beside.path / "adapters", folder / "adapters")
+    seal(folder, replace(plain.manifest, adapters=beside.manifest.adapters))
+    with pytest.raises(LlamaExportError, match="which has the adapter one: it has no inputs for adapters"):
+        load(folder, threads=1)
+    folder = Path(shutil.copytree(beside.path, tmp_path / "hides"))
+    seal(folder, replace(beside.manifest, adapters=()))
+    with pytest.raises(LlamaExportError, match=r"lora_A.weight should be absent"):
+        load(folder, threads=1)
+
+
+def test_the_size_of_adapters_is_known_before_there_is_a_graph(place: Path, beside: Bundle) -> None:
+    tensors = open_source(str(place / "llama")).tensors
+    for name in ("one", "two"):
+        with np.load(beside.path / adapter_file(name)) as arrays:
+            stored = sum(array.size for array in arrays.values())
+        assert numbers_beside(read_adapter(str(place / name)), tensors) == stored
+
+
+@pytest.mark.parametrize(("value", "target", "dtype"), [(float("nan"), "cpu", "float32"), (1e6, "cuda", "float16")])
+def test_numbers_that_no_graph_can_take(value: float, target: str, dtype: str, place: Path, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(place / "one", tmp_path / "one"))
+    arrays = load_file(adapter / "adapter_model.safetensors")
+    next(array for name, array in arrays.items() if "lora_B" in name)[1, 2] = value
+    save_file(arrays, adapter / "adapter_model.safetensors")
+    options = {"adapters": (str(adapter),), "adapter_mode": RUNTIME, "reference": False}
+    with pytest.raises(LlamaExportError, match=f"The adapter one holds numbers in .* too large for {dtype}"):
+        build(BuildOptions(str(place / "llama"), target, tmp_path / "bundle", **options))
+    assert not (tmp_path / "bundle").exists()
