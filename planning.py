@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import LlamaExportError, UsageError
@@ -88,14 +88,14 @@ def plan_build(options: BuildOptions, target: Target, progress: Progress) -> Bui
     )
     adapters, merge = _open_adapters(options, source, progress), options.adapter_mode == MERGE
     if merge:
-        source = replace(source, tensors=merged(source.tensors, adapters))
+        source = source.with_other(tensors=merged(source.tensors, adapters))
     keeps_own = options.precision is None and source.native_precision is not None
     precision = None if keeps_own else options.precision or target.default_precision
     formats = plan_formats(source.tensors, precision, options.head_precision)
     if precision is None and made.on_cpu and has_wide_head(source.tensors, formats):
         head = head_of(source.tensors)
         note = _WIDE_HEAD.format(head=head, format=formats[head].name)
-        source = replace(source, notes=(*source.notes, note))
+        source = source.with_other(notes=(*source.notes, note))
     weights, beside = _weight_bytes(source, formats, made), _bytes_beside(() if merge else adapters, source, made)
     loaded = weights + Counter({dense_format(made.activations).name: max(beside, default=0)})  # one at a time
     load = Load(source.shape, loaded, made.activations, made.on_cpu, options.batch)

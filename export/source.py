@@ -58,6 +58,14 @@ class Source:
         """
         return token_ids(self)
 
+    def with_other(self, **changes: Any) -> Source:
+        """A copy with other tensors or notes. What was read of the tokenizer is kept: a large one takes 100 MB to
+        read.
+        """
+        copy = replace(self, **changes)
+        copy.__dict__.update({name: value for name, value in self.__dict__.items() if name not in copy.__dict__})
+        return copy
+
     def content(self, name: str) -> bytes:
         """Return the content of one of `files`. Raises KeyError for another name."""
         file = self.files[name]

@@ -308,3 +308,11 @@ def test_a_pipe_is_not_waited_for(folder: Path, tmp_path: Path) -> None:
     os.mkfifo(folder / "model.safetensors")
     with pytest.raises(LlamaExportError, match="not a plain file"):
         open_source(str(folder))
+
+
+def test_a_source_with_other_tensors_keeps_what_it_read(tmp_path: Path) -> None:
+    source = open_source(str(write_llama_folder(tmp_path / "llama")))
+    other = source.with_other(tensors={}, notes=("changed",))
+    assert (other.tensors, other.notes) == ({}, ("changed",))
+    assert other.tokens is source.tokens
+    assert source.tensors
