@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from ..formats import Format
 from ..graph import Recorder, ints, nodes_of, producer, sizes_of
@@ -42,7 +43,7 @@ def _linear(matmul: ir.Node) -> Linear | None:
 
 def pack_linears(model: ir.Model, formats: Mapping[str, Format]) -> None:
     """Needs the canonical projections; leaves one for each group that reads the same value in the same format, and a
-    Split.
+    Split, and nothing of those that it stands for.
 
     Fewer and larger products: at one row each costs a start and a stop of all threads.
     """
@@ -52,6 +53,7 @@ def pack_linears(model: ir.Model, formats: Mapping[str, Format]) -> None:
     for group in groups.values():
         if len(group) > 1:
             _pack(model.graph, group)
+    common.RemoveUnusedNodesPass()(model)
 
 
 def _pack(graph: ir.Graph, group: list[Linear]) -> None:
