@@ -19,7 +19,7 @@ from llama_export.optimize.fuse.rotary import fuse_rotary
 from llama_export.optimize.fuse.simplify import simplify
 from llama_export.optimize.fuse.static_reshape import fuse_static_reshape
 from llama_export.optimize.stamp import stamp
-from support.graphs import VARIANTS, llama, logits_of, run_canonical, saved_canonical
+from support.graphs import VARIANTS, llama, logits_of, run_canonical, saved_canonical, traced_once
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 CONTEXT = 48
@@ -28,7 +28,7 @@ CONTEXT = 48
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_canonical_graph_equals_pytorch(variant: str, tmp_path: Path) -> None:
     model = llama(**VARIANTS[variant])
-    path = saved_canonical(canonical(model.config, context=CONTEXT), model, tmp_path / "model.onnx")
+    path = saved_canonical(traced_once(model.config), model, tmp_path / "model.onnx")
     onnx.checker.check_model(str(path), full_check=True)
     ids = np.random.default_rng(1).integers(0, model.config.vocab_size, (2, 40))
     expected = logits_of(model, ids)
