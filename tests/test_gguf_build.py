@@ -63,6 +63,13 @@ def test_every_type_builds_and_verifies(mix: str, tmp_path: Path) -> None:
     assert json.loads(ran.stdout)["new_tokens"] > 0
 
 
+def test_biases_beside_offsets(tmp_path: Path) -> None:
+    write_llama_gguf(tmp_path / "m.gguf", types="Q4_1", attention_bias=True, mlp_bias=True)
+    build(tmp_path, "-t", "cpu")
+    verified = call("verify", tmp_path / "bundle")
+    assert verified.exit_code == 0, verified.output
+
+
 def test_float16_rounds_scales_and_the_loss_of_each_tensor_is_told(tmp_path: Path) -> None:
     kinds = ("Q8_0", "Q2_K", "Q8_0", "Q6_K", "Q4_0", "F16", "IQ4_XS", "Q5_0", "Q4_K")
     write(tmp_path / "m.gguf", kinds)

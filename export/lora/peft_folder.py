@@ -38,6 +38,10 @@ _OTHER_MATHEMATICS = (
     *("alora_invocation_tokens", "trainable_token_indices", "target_parameters"),
 )
 """Keys of adapter_config.json that, when set, make something else of the model than W + scale * (B @ A)."""
+_OTHER_BASE = re.compile("pissa.*|corda.*|olora|loftq", re.IGNORECASE)
+"""What init_lora_weights says of adapters that began by taking a part out of W: they fit what is left of it. Where peft
+has converted one to fit W, it says true.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +163,13 @@ def _check_method(path: Path, config: Mapping[str, Any]) -> None:
                 f"The adapter {path} sets {key} to {str(config[key])[:80]}, which plain LoRA does not have and this "
                 "version does not support; merge it with peft's merge_and_unload first."
             )
+    begun = config.get("init_lora_weights")
+    if isinstance(begun, str) and _OTHER_BASE.fullmatch(begun):
+        raise LlamaExportError(
+            f"The adapter {path} was begun with {begun[:40]!r}, which changes the model's own weights too; convert it to "
+            "plain LoRA (save_pretrained of peft with path_initial_model_for_weight_conversion), or merge it with peft's "
+            "merge_and_unload first."
+        )
     if config.get("bias", "none") != "none":
         raise LlamaExportError(
             f"The adapter {path} trains biases (bias is {config['bias']!r}), which is not supported; merge it with "

@@ -62,9 +62,12 @@ def _quantised(graph: ir.Graph, record: Recorder, linear: Linear, format: Format
     # x @ (offset of each block) = (sum of x over each block) @ offsets^T: exact, and a 32nd of the work. A floating
     # zero point inside MatMulNBits would be 20 to 30 times slower and not bit-equal.
     offsets = store(graph, f"{name}.offsets", [rows, blocks], activation, Stored(parts, format, "offsets"))
-    blocked = record("Reshape", x, ints(graph, 0, 0, -1, format.block))
-    sums = record("ReduceSum", blocked, ints(graph, -1), keepdims=0)
-    return record("Add", product, record.contrib("FusedMatMul", sums, offsets, transB=1))
+    shift = Recorder(f"{name}/offsets")  # the projection's own Add is that of its bias
+    blocked = shift("Reshape", x, ints(graph, 0, 0, -1, format.block))
+    sums = shift("ReduceSum", blocked, ints(graph, -1), keepdims=0)
+    shifted = shift("Add", product, shift.contrib("FusedMatMul", sums, offsets, transB=1))
+    record.nodes += shift.nodes
+    return shifted
 
 
 def dense_weight(graph: ir.Graph, record: Recorder, weight: ir.Value, format: Format) -> ir.Value:
