@@ -54,7 +54,6 @@ PROMPTS: Mapping[str, str] = {
     "repeated": "one two three one two three one two three one two three one two three one two three one two three",
 }
 
-
 _ADAPTER_PROMPTS = 2
 """Recorded of an adapter: its graph is the model's, which has been through all prompts."""
 

@@ -84,7 +84,6 @@ class OnnxRuntimeBackend:
         the physical cores. capacity: tokens that the cache holds; default and at most, the manifest's context. adapter:
         as in `use_adapter`. Raises LlamaExportError as `open_session` does, UsageError when an argument is out of
         range.
-
         """
         manifest = bundle.manifest
         self.threads = choose_threads(threads)

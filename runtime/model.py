@@ -35,9 +35,8 @@ def load(
     threads: to compute with; default, the physical cores. check_hashes: read every file again to compare it with the
     manifest, even if this was done before and nothing has changed since. chat: load the chat template as well, while
     the model loads; otherwise its first use does. adapter: the name of one that the bundle has to choose from, see
-    `Model.use_adapter`. Raises UsageError when there is no such folder or `threads` is out
-    of range, LlamaExportError when the bundle is damaged, cannot run here, or lacks the template that `chat` asks
-    for.
+    `Model.use_adapter`. Raises UsageError when there is no such folder or adapter, or `threads` is out of range,
+    LlamaExportError when the bundle is damaged, cannot run here, or lacks the template that `chat` asks for.
     """
     started = time.perf_counter()
     bundle = open_bundle(path)
