@@ -16,7 +16,7 @@ from .export.config import model_notes, transformers_config
 from .export.destination import check_destination, require_space, staged
 from .export.families import FAMILIES
 from .export.genai_config import genai_config
-from .export.licences import duties, folder_licence, legal_texts
+from .export.licences import duties, folder_licence, legal_files, legal_texts
 from .export.lora.peft_folder import WEIGHTS, Adapter
 from .export.loss import Loss, loss_warning
 from .installed import installed_version
@@ -25,6 +25,7 @@ from .optimize.requirements import WINDOW_MINIMUM_ONNXRUNTIME
 from .planning import BuildOptions, BuildPlan, plan_build
 from .progress import Progress, Silent
 from .runtime.bundle import (
+    ADAPTERS,
     CPU_PROVIDER,
     AdapterRecord,
     Limits,
@@ -147,6 +148,11 @@ def _write_companions(plan: BuildPlan, folder: Path) -> None:
     source, shape, tokens = plan.source, plan.source.shape, plan.source.tokens
     for name in source.files:
         (folder / name).write_bytes(source.content(name))
+    for adapter in plan.adapters:
+        for name, file in legal_files(adapter.path).items():
+            carried = folder / ADAPTERS / adapter.name / name
+            carried.parent.mkdir(parents=True, exist_ok=True)
+            carried.write_bytes(file.read_bytes())
     genai = genai_config(
         replace(shape, head_dim=cache_head_dim(shape.head_dim)),  # it allocates the cache
         context=plan.context.context,

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import LlamaExportError, UsageError
+from .export.folder import check_carried
+from .export.licences import legal_files
 from .export.lora.merge import base_mismatch, fitted, merged
 from .export.lora.peft_folder import Adapter, read_adapter
 from .export.lora.sizes import numbers_beside
@@ -120,6 +122,7 @@ def _bytes_beside(adapters: Sequence[Adapter], source: Source, made: Made) -> li
 def _open_adapters(options: BuildOptions, source: Source, progress: Progress) -> tuple[Adapter, ...]:
     adapters = tuple(fitted(read_adapter(text), source.model_id, source.tensors) for text in options.adapters)
     for adapter in adapters:
+        check_carried(adapter.path, legal_files(adapter.path))
         mismatch = base_mismatch(adapter, source.model_id)
         if mismatch is not None and source.kind == "hub":
             raise LlamaExportError(f"{mismatch}; take that model, or name a local folder if you know that they fit.")

@@ -15,7 +15,7 @@ from ..runtime.bundle import is_safe_name
 from ..tables import size
 from .config import check_config
 from .json_object import MOST_BYTES, read_object
-from .licences import LEGAL_FILE, folder_licence
+from .licences import folder_licence, legal_files
 from .prequantised import Prequantised, check_quantisation, prequantised_tensors
 from .safetensors_file import open_safetensors, plain_tensor
 from .source import Kind, Source
@@ -131,7 +131,15 @@ def _without_tied_copy(tensors: dict[str, SourceTensor]) -> dict[str, SourceTens
 
 def _files(path: Path) -> dict[str, Path | bytes]:
     files: dict[str, Path | bytes] = {name: path / name for name in _COPIED if (path / name).is_file()}
-    files |= {file.name: file for file in sorted(path.iterdir()) if LEGAL_FILE.fullmatch(file.name) and file.is_file()}
+    files |= legal_files(path)
+    check_carried(path, files)
+    if "chat_template.jinja" not in files and (template := _chat_template(path)) is not None:
+        files["chat_template.jinja"] = template.encode(errors="replace")  # JSON allows half characters
+    return files
+
+
+def check_carried(path: Path, files: Mapping[str, Path | bytes]) -> None:
+    """Raise LlamaExportError for a file of the folder `path` that cannot go into a bundle."""
     for name, file in files.items():
         if not (is_safe_name(name) and name.isprintable()):
             raise LlamaExportError(
@@ -142,9 +150,6 @@ def _files(path: Path) -> dict[str, Path | bytes]:
             raise LlamaExportError(
                 f"{file} has {size(file.stat().st_size)}, but at most {size(MOST_BYTES)} are read; check what it is."
             )
-    if "chat_template.jinja" not in files and (template := _chat_template(path)) is not None:
-        files["chat_template.jinja"] = template.encode(errors="replace")  # JSON allows half characters
-    return files
 
 
 def _chat_template(path: Path) -> str | None:

@@ -166,6 +166,11 @@ def _card_licence(text: str) -> str | None:
     return named_licence(*(named.get(key) for key in ("license", "license_name", "license_link")))
 
 
+def legal_files(folder: Path) -> dict[str, Path]:
+    """The licence, notice and policy files of a checkpoint's or an adapter's folder, by name."""
+    return {path.name: path for path in sorted(folder.iterdir()) if LEGAL_FILE.fullmatch(path.name) and path.is_file()}
+
+
 def legal_texts(files: Mapping[str, Path | bytes]) -> Iterator[str]:
     """The beginnings of the licence and notice files among those of a bundle, by their name."""
     for name, file in files.items():

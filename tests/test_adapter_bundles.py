@@ -101,6 +101,35 @@ def test_merged_adapters_equal_peft(place: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("mode", [MERGE, RUNTIME])
+def test_an_adapters_licence_travels(mode: str, place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "one", tmp_path / "one")
+    (tmp_path / "one" / "README.md").write_text("---\nlicense: llama3.2\n---\n# Adapter\n")
+    (tmp_path / "one" / "LICENSE.txt").write_text("Llama 3.2 Community License")
+    build(
+        BuildOptions(
+            str(place / "llama"), "cpu", tmp_path / "bundle", adapters=(str(tmp_path / "one"),), adapter_mode=mode,
+            reference=False,
+        )
+    )  # fmt: skip
+    manifest = open_bundle(tmp_path / "bundle").manifest
+    assert (tmp_path / "bundle/adapters/one/LICENSE.txt").read_text() == "Llama 3.2 Community License"
+    assert manifest.adapters[0].licence == "llama3.2"
+    assert any("Built with Llama" in duty for duty in manifest.model.duties)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_adapter_that_diverged_is_named(value: float, place: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(place / "two", tmp_path / "two"))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    tensors[name][3, 2] = value
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(LlamaExportError, match=r"two adds NaN or infinite values to model\.layers\.1\.mlp\.up_proj"):
+        build(BuildOptions(str(place / "llama"), "cpu", tmp_path / "bundle", adapters=(str(folder),)))
+    assert not (tmp_path / "bundle").exists()
+
+
 def verdict(bundle: Bundle) -> Verdict:
     return verify(bundle, check_hashes=True, threads=2, progress=Silent())
 

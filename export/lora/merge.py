@@ -77,11 +77,11 @@ def merged(tensors: Mapping[str, SourceTensor], adapters: Sequence[Adapter]) -> 
 
     A weight that came in blocks has none afterwards: it is rounded anew, to as many bits.
     """
-    added: dict[str, list[LowRank]] = defaultdict(list)
+    added: dict[str, list[tuple[str, LowRank]]] = defaultdict(list)
     whole: dict[str, StoredTensor] = {}
     for adapter in adapters:
         for name, part in adapter.parts.items():
-            added[name].append(part)
+            added[name].append((adapter.name, part))
         for name, tensor in adapter.whole.items():
             if name in whole:
                 raise LlamaExportError(f"Two adapters bring {name} along as a whole; leave one of them out.")
@@ -92,13 +92,19 @@ def merged(tensors: Mapping[str, SourceTensor], adapters: Sequence[Adapter]) -> 
     }
 
 
-def _merged(tensor: SourceTensor, parts: Sequence[LowRank], whole: StoredTensor | None) -> SourceTensor:
+def _merged(tensor: SourceTensor, parts: Sequence[tuple[str, LowRank]], whole: StoredTensor | None) -> SourceTensor:
     base = tensor.read if whole is None else whole.floats
 
     def read(start: int, stop: int) -> Float32:
         rows = base(start, stop)
-        for part in parts:
-            rows = rows + part.delta(start, stop)
+        for adapter, part in parts:
+            added = part.delta(start, stop)
+            if not np.isfinite(added).all():
+                raise LlamaExportError(
+                    f"The adapter {adapter} adds NaN or infinite values to {tensor.name}; its file is damaged or its "
+                    "training diverged."
+                )
+            rows = rows + added
         return rows
 
     dtype, format = f"{tensor.dtype}+LoRA", _symmetric(tensor.format)
