@@ -139,6 +139,7 @@ def tensors(change: Callable[[dict[str, np.ndarray]], None]) -> Callable[[Path],
 Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "another method": (edited(peft_type="LOHA"), "of the kind 'LOHA', and only LORA"),
+    "a page of text": (edited(peft_type="y" * 9999), "of the kind 'y{10,99}, and only LORA"),
     "dora": (edited(use_dora=True), "sets use_dora to True"),
     "a base of its own": (edited(init_lora_weights="pissa_niter_4"), "begun with 'pissa_niter_4', which changes"),
     "another base of its own": (edited(init_lora_weights="OLoRA"), "begun with 'OLoRA'"),

@@ -118,6 +118,11 @@ DAMAGE: dict[str, tuple[tuple[Any, Any], Change, str]] = {
     "no scales": (GPTQ, drop("scales"), f"has no tensor {Q}.scales, which GPTQ needs beside {Q}"),
     "no zeros": (GPTQ, drop("qzeros"), f"has no tensor {Q}.qzeros"),
     "no weights": (GPTQ, drop("qweight"), f"has no tensor {Q}.qweight"),
+    "twice": (
+        GPTQ,
+        lambda tensors: tensors.update({f"{Q}.weight": np.ones((160, 128), np.float16)}),
+        f"holds {Q}.weight beside what GPTQ stores for it",
+    ),
     "no order": (SORTED, drop("g_idx"), f"has no tensor {Q}.g_idx"),
     "short": (
         GPTQ,

@@ -155,7 +155,7 @@ def _check_method(path: Path, config: Mapping[str, Any]) -> None:
     method = config.get("peft_type")
     if method != "LORA":
         raise LlamaExportError(
-            f"The adapter {path} is of the kind {method!r}, and only LORA is supported; merge it with peft first."
+            f"The adapter {path} is of the kind {method!r:.80}, and only LORA is supported; merge it with peft first."
         )
     for key in _OTHER_MATHEMATICS:
         if config.get(key):
@@ -166,13 +166,13 @@ def _check_method(path: Path, config: Mapping[str, Any]) -> None:
     begun = config.get("init_lora_weights")
     if isinstance(begun, str) and _OTHER_BASE.fullmatch(begun):
         raise LlamaExportError(
-            f"The adapter {path} was begun with {begun[:40]!r}, which changes the model's own weights too; convert it to "
-            "plain LoRA (save_pretrained of peft with path_initial_model_for_weight_conversion), or merge it with peft's "
-            "merge_and_unload first."
+            f"The adapter {path} was begun with {begun[:40]!r}, which changes the model's own weights too; convert it "
+            "to plain LoRA (save_pretrained of peft with path_initial_model_for_weight_conversion), or merge it with "
+            "peft's merge_and_unload first."
         )
     if config.get("bias", "none") != "none":
         raise LlamaExportError(
-            f"The adapter {path} trains biases (bias is {config['bias']!r}), which is not supported; merge it with "
+            f"The adapter {path} trains biases (bias is {config['bias']!r:.80}), which is not supported; merge it with "
             "peft's merge_and_unload first."
         )
 
@@ -235,7 +235,7 @@ def _setting(path: Path, config: Mapping[str, Any], key: str, pattern_key: str, 
     value = next(named, config.get(key))
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
         raise LlamaExportError(
-            f"The adapter {path} says {key} is {value!r} for {module}, but a number above 0 is expected; take the "
+            f"The adapter {path} says {key} is {value!r:.80} for {module}, but a number above 0 is expected; take the "
             "adapter again."
         )
     return value

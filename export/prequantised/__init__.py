@@ -60,8 +60,14 @@ def prequantised_tensors(settings: Any, config: Mapping[str, Any], stored: Mappi
         tensors[f"{name}.weight"] = read(Module(name, (shape[0], shape[1]), parts, method.title)).tensor()
     taken = {part.name for parts in modules.values() for part in parts.values()}
     for name, tensor in stored.items():
-        if name not in taken and not _is_harmless(tensor, method, expected):
-            tensors[name] = _plain(tensor, method)
+        if name in taken or _is_harmless(tensor, method, expected):
+            continue
+        if name in tensors:
+            raise LlamaExportError(
+                f"The checkpoint holds {name} beside what {method.title} stores for it, and nothing says which of the "
+                "two counts; take the checkpoint again."
+            )
+        tensors[name] = _plain(tensor, method)
     return Prequantised(tensors, method.name, compressed.notes(settings) if method is COMPRESSED else ())
 
 
