@@ -128,6 +128,10 @@ def _open_adapters(options: BuildOptions, source: Source, progress: Progress) ->
             raise LlamaExportError(f"{mismatch}; take that model, or name a local folder if you know that they fit.")
         if mismatch is not None:
             progress.warn(f"{mismatch}: its numbers fit, but mean something on its own base only.")
+    counts = Counter(adapter.name for adapter in adapters)
+    for name, count in counts.items():
+        if count > 1:
+            raise UsageError(f"Two adapters are called {name}, by which they are told apart; rename a folder.")
     if options.adapter_mode == RUNTIME:
         _check_runtime(options, adapters)
     return adapters
@@ -136,10 +140,6 @@ def _open_adapters(options: BuildOptions, source: Source, progress: Progress) ->
 def _check_runtime(options: BuildOptions, adapters: tuple[Adapter, ...]) -> None:
     if not options.adapters:
         raise UsageError("--adapter-mode runtime keeps adapters beside the weights; name them with --adapter.")
-    counts = Counter(adapter.name for adapter in adapters)
-    for name, count in counts.items():
-        if count > 1:
-            raise UsageError(f"Two adapters are called {name}, by which they are chosen; rename a folder.")
     for adapter in adapters:
         if adapter.whole:
             raise LlamaExportError(

@@ -214,8 +214,8 @@ class _Step:
         if not np.isfinite(values).all():
             raise LlamaExportError(
                 f"The checkpoint's tensor {self.tensor.name} holds NaN or infinite values in rows {self.start} to "
-                f"{self.stop - 1}, read as {self.tensor.dtype}; a model's weights are finite, so the file is damaged or "
-                "its training diverged."
+                f"{self.stop - 1}, read as {self.tensor.dtype}; a model's weights are finite, so the file is damaged "
+                "or its training diverged."
             )
 
     def _check_fits(self, stored: npt.NDArray[np.generic]) -> None:

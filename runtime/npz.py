@@ -26,7 +26,7 @@ def read_array(
             wanted = [size if size is not None else "any" for size in shape]
             raise ValueError(f"{name} is {kind} {list(found)}, but {np.dtype(dtype)} {wanted} is expected")
         size = math.prod(found) * kind.itemsize
-        if size > most_bytes:
+        if size > most_bytes or min(found, default=0) < 0:  # a negative count would read whatever there is
             raise ValueError(f"{name} claims {size} bytes")
         data = file.read(size + 1)  # one more: only at the end does zipfile compare the checksum
     if len(data) != size:

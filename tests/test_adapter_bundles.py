@@ -8,6 +8,7 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,7 @@ def test_the_command_takes_a_name(beside: Bundle, place: Path) -> None:
     [
         (("--adapter-mode", "runtime"), "name them with --adapter"),
         (("--adapter", "{place}/one", "--adapter", "{place}/one", "--adapter-mode", "runtime"), "are called one"),
+        (("--adapter", "{place}/one", "--adapter", "{place}/one:0.5"), "are called one, by which they are told apart"),
         (("--adapter", "{place}/nowhere"), "There is no adapter folder"),
         (("--adapter", "{place}/llama"), "is a model, not an adapter"),
         (("--adapter-mode", "later"), "'later' is not one of"),
@@ -240,11 +242,11 @@ def rewritten(change: Callable[[dict[str, np.ndarray]], None], bundle: Path) -> 
 A, B = "lm_head.lora_A.weight", "lm_head.lora_B.weight"
 
 
-def claims_much(bundle: Path) -> None:
+def claims(count: int, bundle: Path) -> None:
     path = bundle / adapter_file("one")
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
-    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': (60, {1 << 50}), }}".ljust(117) + "\n"
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': (60, {count}), }}".ljust(117) + "\n"
     entries[f"{A}.npy"] = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in entries.items():
@@ -275,7 +277,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda bundle: rewritten(lambda arrays: arrays.update({f"x.{A}": arrays[A]}), bundle),
         f"x.{A}.npy is no input of the graph",
     ),
-    "more than memory": (claims_much, r"claims \d+ bytes"),
+    "more than memory": (partial(claims, 1 << 50), r"claims \d+ bytes"),
+    "less than nothing": (partial(claims, -4), r"claims -960 bytes"),
 }
 
 
