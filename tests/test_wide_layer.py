@@ -9,8 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from llama_export.benchmarks import checkpoints, export, wide_layer
 from llama_export.export.config import expected_tensors
+
+pytest.importorskip("llama_export.benchmarks", reason="the benchmarks are not installed with the package")
+from llama_export.benchmarks import checkpoints, export, wide_layer
 
 
 def test_the_layer_is_as_wide_as_the_largest_model() -> None:
