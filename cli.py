@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from . import __version__
+from .build_options import ADAPTER_MODES, MERGE, BuildOptions
 from .cli_support import (
     Group,
     configurable_commands,
@@ -26,7 +27,6 @@ from .progress import Terminal
 from .settings import settings_problem
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
-ADAPTER_MODES = ("merge", "runtime")
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -57,7 +57,7 @@ def main() -> None:
 @click.option(
     "--adapter-mode",
     type=click.Choice(ADAPTER_MODES),
-    default=ADAPTER_MODES[0],
+    default=MERGE,
     show_default=True,
     help="Merge adapters into the weights, or keep them beside them, for `run --adapter NAME`.",
 )
@@ -71,7 +71,6 @@ def build(*, no_reference: bool, as_json: bool, quiet: bool, **options: Any) -> 
     need_build_machine()
     need_extra("build,cpu", ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"), "Building a bundle")
     from .pipeline import build as build_bundle
-    from .planning import BuildOptions
 
     with Terminal(quiet=quiet) as progress:
         report = build_bundle(BuildOptions(reference=not no_reference, **options), progress=progress)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
+from .build_options import BuildOptions
 from .build_report import BuildReport
 from .export.config import model_notes, transformers_config
 from .export.destination import check_destination, require_space, staged
@@ -22,7 +23,7 @@ from .export.loss import Loss, loss_warning
 from .installed import installed_version
 from .optimize.plan import column_orders
 from .optimize.requirements import WINDOW_MINIMUM_ONNXRUNTIME
-from .planning import BuildOptions, BuildPlan, plan_build
+from .planning import BuildPlan, plan_build
 from .progress import Progress, Silent
 from .runtime.bundle import (
     ADAPTERS,

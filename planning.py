@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from .build_options import MERGE, RUNTIME, BuildOptions
 from .errors import LlamaExportError, UsageError
 from .export.folder import check_carried
 from .export.licences import legal_files
@@ -22,37 +22,10 @@ from .targets.context import CACHE_BYTES, ContextChoice, Load, choose_context
 from .targets.devices import Target
 from .targets.made import Made, what_is_made
 
-MERGE, RUNTIME = "merge", "runtime"
-ADAPTER_MODES = (MERGE, RUNTIME)
-
 _WIDE_HEAD = (
     "{head} stays {format}, as the checkpoint has it; the CPU widens it to float32 and reads it whole for each token: "
     "--head-precision int8 makes the bundle quicker, at some loss."
 )
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """What `llama-export build` was asked for; None leaves the choice to model and target.
-
-    adapters: folders of LoRA adapters, each with `:weight` or without. adapter_mode: "merge" them into the weights, or
-    keep them beside them to be chosen at "runtime".
-    """
-
-    model: str
-    target: str
-    output: Path
-    precision: str | None = None
-    head_precision: str | None = None
-    context: int | None = None
-    batch: int = 1
-    revision: str | None = None
-    token: str | None = None
-    cache_dir: Path | None = None
-    adapters: tuple[str, ...] = ()
-    adapter_mode: str = MERGE
-    reference: bool = True
-    force: bool = False
 
 
 @dataclass(frozen=True)

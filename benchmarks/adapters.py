@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from llama_export.build_options import MERGE, RUNTIME, BuildOptions
 from llama_export.errors import LlamaExportError
 from llama_export.export.config import ModelShape
 from llama_export.pipeline import build
-from llama_export.planning import MERGE, RUNTIME, BuildOptions
 from llama_export.progress import Terminal
 from llama_export.runtime.backend import OnnxRuntimeBackend
 from llama_export.runtime.bundle import open_bundle

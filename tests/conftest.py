@@ -43,8 +43,8 @@ def smollm2_bundle(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory)
     """SmolLM2 as `build -t cpu` makes it, with its reference; built once for all workers, to be left as it is."""
 
     def make(folder: Path) -> None:
+        from llama_export.build_options import BuildOptions
         from llama_export.pipeline import build
-        from llama_export.planning import BuildOptions
 
         build(BuildOptions(model=str(smollm2_gguf), target="cpu", output=folder))
 
@@ -61,8 +61,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def bundle(stored: str) -> Path:
         def make(folder: Path) -> None:
+            from llama_export.build_options import BuildOptions
             from llama_export.pipeline import build
-            from llama_export.planning import BuildOptions
             from support.checkpoints import write_checkpoint
 
             model, precision = write_checkpoint(folder.parent, stored)

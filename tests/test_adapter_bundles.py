@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llama_export.build_options import MERGE, RUNTIME, BuildOptions
 from llama_export.errors import LlamaExportError, UsageError
 from llama_export.export.lora.peft_folder import read_adapter
 from llama_export.export.lora.sizes import numbers_beside
 from llama_export.export.source import open_source
 from llama_export.pipeline import build
-from llama_export.planning import MERGE, RUNTIME, BuildOptions
 from llama_export.runtime import GenerationOptions, load
 from llama_export.runtime.backend import OnnxRuntimeBackend
 from llama_export.runtime.bundle import Bundle, Manifest, adapter_file, open_bundle, seal

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from llama_export import cli, pipeline
+from llama_export.build_options import BuildOptions
 from llama_export.optimize.formats import PRECISIONS
 from llama_export.pipeline import build, tool_versions
-from llama_export.planning import BuildOptions
 from llama_export.progress import Silent
 from llama_export.runtime.bundle import open_bundle
 from llama_export.runtime.verify import verify

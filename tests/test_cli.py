@@ -35,7 +35,7 @@ def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return SimpleNamespace(lines=lambda: ["made it"], to_json=lambda: {"bundle": str(options.output)})
 
     module = ModuleType("llama_export.pipeline")
-    module.__dict__.update(build=build, BuildOptions=SimpleNamespace)
+    module.__dict__["build"] = build
     monkeypatch.setitem(sys.modules, "llama_export.pipeline", module)
     monkeypatch.setattr(cli, "need_build_machine", lambda: None)
     monkeypatch.setattr(cli, "need_extra", lambda *_: None)
@@ -95,11 +95,13 @@ def test_build_passes_its_options_on(builds: list[Any]) -> None:
     result = call(
         *("build", "-m", "m", "-t", "cpu", "-o", "out", "--precision", "int8", "--context", "100", "--batch", "2"),
         *("--revision", "r", "--token", "t", "--cache-dir", "c", "--no-reference", "--force"),
+        *("--head-precision", "fp16", "--adapter", "a", "--adapter", "b:0.5", "--adapter-mode", "runtime"),
     )
     assert result.exit_code == 0
     assert vars(builds[0]) == {
         **{"model": "m", "target": "cpu", "output": Path("out"), "precision": "int8", "context": 100, "batch": 2},
         **{"revision": "r", "token": "t", "cache_dir": Path("c"), "reference": False, "force": True},
+        **{"head_precision": "fp16", "adapters": ("a", "b:0.5"), "adapter_mode": "runtime"},
     }
 
 
@@ -108,6 +110,7 @@ def test_build_leaves_open_what_was_not_said(builds: list[Any]) -> None:
     assert vars(builds[0]) == {
         **{"model": "m", "target": "cpu", "output": Path("out"), "precision": None, "context": None, "batch": 1},
         **{"revision": None, "token": None, "cache_dir": None, "reference": True, "force": False},
+        **{"head_precision": None, "adapters": (), "adapter_mode": "merge"},
     }
 
 

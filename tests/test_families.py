@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from llama_export.build_options import BuildOptions
 from llama_export.errors import LlamaExportError
 from llama_export.export.canonical import canonical
 from llama_export.export.config import ModelShape, check_config, expected_tensors, model_notes, transformers_config
@@ -19,7 +20,6 @@ from llama_export.export.rotary import rotary_tables
 from llama_export.export.trace import window_of
 from llama_export.optimize.plan import plan_formats
 from llama_export.pipeline import build
-from llama_export.planning import BuildOptions
 from llama_export.progress import Silent
 from llama_export.runtime.bundle import open_bundle
 from llama_export.runtime.verify import verify

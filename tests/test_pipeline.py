@@ -15,10 +15,10 @@ import numpy as np
 import onnx
 import pytest
 from llama_export import __version__
+from llama_export.build_options import BuildOptions
 from llama_export.build_report import BuildReport
 from llama_export.errors import LlamaExportError, UsageError
 from llama_export.pipeline import build
-from llama_export.planning import BuildOptions
 from llama_export.runtime import load
 from llama_export.runtime.bundle import open_bundle
 from llama_export.runtime.hashes import check_files

@@ -11,11 +11,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from llama_export.build_options import BuildOptions
 from llama_export.build_report import BuildReport
 from llama_export.errors import LlamaExportError
 from llama_export.export.config import transformers_config
 from llama_export.pipeline import build
-from llama_export.planning import BuildOptions
 from llama_export.progress import Silent
 from llama_export.runtime.bundle import open_bundle
 from llama_export.runtime.onnx_file import with_accuracy_level

@@ -1,0 +1,34 @@
+"""What a build is asked for. Imports nothing that only building needs: the command line reads it everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+MERGE, RUNTIME = "merge", "runtime"
+ADAPTER_MODES = (MERGE, RUNTIME)
+"""What becomes of adapters: part of the weights, or beside them to be chosen when the bundle runs."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What `llama-export build` was asked for; None leaves the choice to model and target.
+
+    adapters: folders of LoRA adapters, each with `:weight` or without. adapter_mode: "merge" them into the weights, or
+    keep them beside them to be chosen at "runtime".
+    """
+
+    model: str
+    target: str
+    output: Path
+    precision: str | None = None
+    head_precision: str | None = None
+    context: int | None = None
+    batch: int = 1
+    revision: str | None = None
+    token: str | None = None
+    cache_dir: Path | None = None
+    adapters: tuple[str, ...] = ()
+    adapter_mode: str = MERGE
+    reference: bool = True
+    force: bool = False
