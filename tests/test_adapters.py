@@ -141,6 +141,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "another method": (edited(peft_type="LOHA"), "of the kind 'LOHA', and only LORA"),
     "a page of text": (edited(peft_type="y" * 9999), "of the kind 'y{10,99}, and only LORA"),
     "dora": (edited(use_dora=True), "sets use_dora to True"),
+    "another base of its own": (edited(init_lora_weights="lora_ga"), "begun with 'lora_ga', which changes"),
     "a base of its own": (edited(init_lora_weights="pissa_niter_4"), "begun with 'pissa_niter_4', which changes"),
     "another base of its own": (edited(init_lora_weights="OLoRA"), "begun with 'OLoRA'"),
     "tokens that switch it on": (edited(alora_invocation_tokens=[1]), "sets alora_invocation_tokens"),
@@ -243,3 +244,9 @@ def test_names_of_bases_are_compared(adapter: Path, model: Path) -> None:
     assert told is not None
     assert "trained on" in told
     assert "somebody/Llama-Instruct" in told
+
+
+def test_a_bases_name_is_one_line(adapter: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "odd"))
+    edited(base_model_name_or_path="some/\n\tbody" + "y" * 1000)(folder)
+    assert read_adapter(str(folder)).base == ("some/ body" + "y" * 1000)[:300]

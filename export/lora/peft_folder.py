@@ -32,13 +32,14 @@ _THIN = re.compile(r"(base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])(\
 _WHOLE = re.compile(r"(base_model\.model\.)?(?P<module>.+?)(\.base_layer|\.modules_to_save(\.default)?)?\.weight")
 _PLAIN_PATTERN = re.compile(r"\^?[\w.]{1,300}")
 _MOST_RANK = 1 << 14
+_MOST_NAME = 300
 
 _OTHER_MATHEMATICS = (
     *("use_dora", "use_qalora", "use_bdlora", "kasa_config", "arrow_config", "lora_bias", "layer_replication"),
     *("alora_invocation_tokens", "trainable_token_indices", "target_parameters"),
 )
 """Keys of adapter_config.json that, when set, make something else of the model than W + scale * (B @ A)."""
-_OTHER_BASE = re.compile("pissa.*|corda.*|olora|loftq", re.IGNORECASE)
+_OTHER_BASE = re.compile("pissa.*|corda.*|olora|lora_ga|loftq", re.IGNORECASE)
 """What init_lora_weights says of adapters that began by taking a part out of W: they fit what is left of it. Where peft
 has converted one to fit W, it says true.
 """
@@ -119,7 +120,8 @@ def read_adapter(text: str) -> Adapter:
         raise LlamaExportError(f"The adapter {path} holds no lora_A and lora_B; take the adapter again.")
     _check_targets(path, config, parts)
     base = config.get("base_model_name_or_path")
-    return Adapter(_name(path), path, base if isinstance(base, str) and base else None, weight, parts, whole)
+    base = " ".join(base.split())[:_MOST_NAME] if isinstance(base, str) else ""  # it is shown to people
+    return Adapter(_name(path), path, base or None, weight, parts, whole)
 
 
 def _split(text: str) -> tuple[Path, float]:
