@@ -22,13 +22,13 @@ class BuildOptions:
     target: str
     output: Path
     precision: str | None = None
-    head_precision: str | None = None
     context: int | None = None
     batch: int = 1
     revision: str | None = None
     token: str | None = None
     cache_dir: Path | None = None
-    adapters: tuple[str, ...] = ()
-    adapter_mode: str = MERGE
     reference: bool = True
     force: bool = False
+    head_precision: str | None = None
+    adapters: tuple[str, ...] = ()
+    adapter_mode: str = MERGE

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .export.loss import Loss
-from .runtime.bundle import Manifest
+from .runtime.bundle import AdapterRecord, Manifest
 from .tables import size
 from .targets.context import ContextChoice
 
@@ -37,6 +37,7 @@ class BuildReport:
         return [
             f"{self.output}: {manifest.model.id}, {manifest.precision}, for {manifest.target}, "
             f"{size(self.bytes)} in {seconds:.1f} s",
+            *(_adapter_line(adapter) for adapter in manifest.adapters),
             self.context.reason,
             *self.notes,
             f"Licence: {manifest.model.licence_told.rstrip('.')}.",
@@ -55,3 +56,9 @@ class BuildReport:
             "losses": [{**asdict(loss), "relative": loss.relative} for loss in self.losses],
             "manifest": json.loads(self.manifest.to_json()),
         }
+
+
+def _adapter_line(adapter: AdapterRecord) -> str:
+    weight = "" if adapter.weight == 1 else f" times {adapter.weight:g}"
+    where = "merged into the weights" if adapter.file is None else f"beside the weights: `run --adapter {adapter.name}`"
+    return f"Adapter {adapter.name}{weight}, {where}."

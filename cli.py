@@ -40,9 +40,15 @@ def main() -> None:
 @click.option("-t", "--target", required=True, help="A name from `targets`, `host`, or a TOML file of your own.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle's folder, made here.")
 @click.option(
-    "--precision", type=click.Choice(PRECISIONS), help="Of the weights; default: the target's, or the GGUF's own."
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    help="Of the weights; default: the target's, or the checkpoint's own where it comes quantised.",
 )
-@click.option("--head-precision", type=click.Choice(PRECISIONS), help="Of the head alone; default: as the others.")
+@click.option(
+    "--head-precision",
+    type=click.Choice(PRECISIONS),
+    help="Of the output head alone (and of the embedding where they are one); default: as the others.",
+)
 @click.option("--context", type=click.IntRange(min=1), help="Most tokens; default: what model and target allow.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Most texts at once.")
 @click.option("--revision", help="Branch, tag or commit on the hub.")
@@ -164,7 +170,7 @@ def doctor(context: click.Context, as_json: bool) -> None:
 @click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1: say less again.")
 @click.option("--seed", type=int, help="Of the random numbers: the same seed, the same text.")
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
-@click.option("--adapter", help="Write with this adapter of the bundle; see `inspect`.")
+@click.option("--adapter", help="Write with this adapter of the bundle, see `inspect`; an empty name for none.")
 @threads_option
 @click.option("--check-hashes", is_flag=True, help="Compare every file with the manifest again.")
 @json_option
@@ -189,4 +195,4 @@ def run(
 
     options = GenerationOptions(max_new_tokens, SamplingOptions(**sampling), stop)
     request = terminal.RunRequest(prompt, chat, system, options, as_json=as_json, quiet=quiet)
-    terminal.run(load(bundle, threads=threads, check_hashes=check_hashes, chat=chat, adapter=adapter), request)
+    terminal.run(load(bundle, threads=threads, check_hashes=check_hashes, chat=chat, adapter=adapter or None), request)

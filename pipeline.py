@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from . import __version__
 from .build_options import BuildOptions
 from .build_report import BuildReport
-from .export.config import model_notes, transformers_config
+from .export.config import model_notes, stretch_note, transformers_config
 from .export.destination import check_destination, require_space, staged
 from .export.families import FAMILIES
 from .export.genai_config import genai_config
@@ -86,8 +86,9 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildRepor
     clock.stage("open", f"Opening {options.model}")
     plan = plan_build(options, target, progress)
     require_space(place.parent, plan.stored + _BESIDE_WEIGHTS)
-    if plan.context.warning:
-        progress.warn(plan.context.warning)
+    for warning in (plan.context.warning, stretch_note(plan.source.config, plan.context.context)):
+        if warning:
+            progress.warn(warning)
     with staged(options.output, force=options.force) as folder:
         written = _write_model(plan, folder, clock, progress)
         if written.losses:

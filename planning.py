@@ -17,6 +17,7 @@ from .export.source import Source, open_source
 from .optimize.formats import Format, stored_bytes
 from .optimize.plan import has_wide_head, head_of, plan_formats
 from .optimize.quantise import dense_format
+from .optimize.tensors import SourceTensor
 from .progress import Progress
 from .targets.context import CACHE_BYTES, ContextChoice, Load, choose_context
 from .targets.devices import Target
@@ -67,6 +68,8 @@ def plan_build(options: BuildOptions, target: Target, progress: Progress) -> Bui
     keeps_own = options.precision is None and source.native_precision is not None
     precision = None if keeps_own else options.precision or target.default_precision
     formats = plan_formats(source.tensors, precision, options.head_precision)
+    if precision is None:
+        source = source.with_other(notes=(*source.notes, _kept(source.tensors, formats)))
     if precision is None and made.on_cpu and has_wide_head(source.tensors, formats):
         head = head_of(source.tensors)
         note = _WIDE_HEAD.format(head=head, format=formats[head].name)
@@ -92,6 +95,13 @@ def _bytes_beside(adapters: Sequence[Adapter], source: Source, made: Made) -> li
     return [numbers_beside(adapter, source.tensors) * CACHE_BYTES[made.activations] for adapter in adapters]
 
 
+def _kept(tensors: Mapping[str, SourceTensor], formats: Mapping[str, Format]) -> str:
+    """Which types of matrices the checkpoint has, and what each is stored as."""
+    kinds = Counter((tensor.dtype, formats[name].name) for name, tensor in tensors.items() if len(tensor.shape) > 1)
+    pairs = (f"{count} in {dtype} as {format}" for (dtype, format), count in kinds.most_common())
+    return f"The checkpoint's own quantisation is kept: {', '.join(pairs)}."
+
+
 def _open_adapters(options: BuildOptions, source: Source, progress: Progress) -> tuple[Adapter, ...]:
     adapters = tuple(fitted(read_adapter(text), source.model_id, source.tensors) for text in options.adapters)
     for adapter in adapters:
@@ -100,7 +110,7 @@ def _open_adapters(options: BuildOptions, source: Source, progress: Progress) ->
         if mismatch is not None and source.kind == "hub":
             raise LlamaExportError(f"{mismatch}; take that model, or name a local folder if you know that they fit.")
         if mismatch is not None:
-            progress.warn(f"{mismatch}: its numbers fit, but mean something on its own base only.")
+            progress.warn(f"{mismatch}; ignore this if they are the same, else the result is nonsense.")
     counts = Counter(adapter.name for adapter in adapters)
     for name, count in counts.items():
         if count > 1:

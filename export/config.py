@@ -168,14 +168,21 @@ def model_notes(config: Mapping[str, Any], context: int) -> tuple[str, ...]:
             f"A token sees the latest {window:,} tokens, itself included (a sliding window); this takes onnxruntime "
             f"{WINDOW_MINIMUM_ONNXRUNTIME} or newer, which a --context of {window} or less would not."
         )
-    if context > shape.max_positions and shape.longest > shape.max_positions:
-        base = dynamic_base(config, shape.head_dim, shape.max_positions, context)
-        notes.append(
-            f"The rotary base is fixed at {base:,.1f}, which the dynamic rope type gives a text of all {context:,} "
-            f"tokens; transformers changes it with the length of the text beyond {shape.max_positions:,} tokens, so "
-            "the two agree on texts of that full length."
-        )
-    return tuple(notes)
+    stretched = stretch_note(config, context)
+    return (*notes, stretched) if stretched is not None else tuple(notes)
+
+
+def stretch_note(config: Mapping[str, Any], context: int) -> str | None:
+    """What a dynamic rope type fixed for `context` tokens changes; None where it changes nothing."""
+    shape = ModelShape.from_config(config)
+    if not shape.max_positions < context <= shape.longest:
+        return None
+    base = dynamic_base(config, shape.head_dim, shape.max_positions, context)
+    return (
+        f"The rotary base is fixed at {base:,.1f}, which the dynamic rope type gives a text of all {context:,} tokens. "
+        "transformers changes it with the length of a text, so shorter texts come out differently there, also those of "
+        f"up to {shape.max_positions:,} tokens; a --context of {shape.max_positions} or less gives what it gives."
+    )
 
 
 # Tensors of one decoder layer, of the model around them, and the config keys that give each axis.

@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+MERGED = "+LoRA"
+"""What the dtype of a tensor ends with where adapters were merged into it."""
+_MERGED = (
+    " An adapter that is merged into quantised weights has them rounded anew: --adapter-mode runtime keeps them, "
+    "--precision int8 loses less."
+)
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -42,4 +49,5 @@ def loss_warning(losses: Sequence[Loss]) -> str:
     return (
         f"{blocks:,} blocks of {tensors} are not exactly the checkpoint's own; {worst.tensor} loses most: "
         f"{worst.dtype} as {worst.format} differs by {worst.relative:.1e} of the weights' size."
+        + (_MERGED if any(loss.dtype.endswith(MERGED) for loss in losses) else "")
     )

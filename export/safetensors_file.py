@@ -297,6 +297,8 @@ def _unindexed_files(folder: Path) -> list[Path]:
 
 
 def _no_weights(folder: Path) -> str:
+    if (folder / "manifest.json").is_file() and (folder / "model.onnx").is_file():
+        return f"{folder} is a bundle, not a checkpoint; name the model that it was built from."
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         return (

@@ -112,7 +112,13 @@ def open_source(
     if source is None:
         if _looks_like_path(model) and not _HUB_FILE.fullmatch(model):
             raise UsageError(_no_such_path(path))
-        source = _open_hub(model, HubOptions(revision, token, cache_dir, progress or Silent()))
+        try:
+            source = _open_hub(model, HubOptions(revision, token, cache_dir, progress or Silent()))
+        except LlamaExportError as error:
+            if not path.parent.is_dir():
+                raise
+            names = [entry.name for entry in sorted(path.parent.iterdir())]
+            raise type(error)(f"{error} Nor is there a folder {path} here.{did_you_mean(path.name, names)}") from error
     source = replace(source, tensors=check_tensors(source.config, source.tensors))
     _ = source.tokens  # what is wrong with the tokenizer is told now, not after the weights
     return source

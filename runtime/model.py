@@ -50,9 +50,8 @@ def load(
         template = load_chat_template(bundle) if chat else None
     finally:
         backend.wait()
-    return Model(
-        bundle, backend.result(), tokenizer, chat_template=template, load_seconds=time.perf_counter() - started
-    )
+    seconds = time.perf_counter() - started
+    return Model(bundle, backend.result(), tokenizer, chat_template=template, load_seconds=seconds, adapter=adapter)
 
 
 class Model:
@@ -71,14 +70,21 @@ class Model:
         *,
         chat_template: ChatTemplate | None = None,
         load_seconds: float = 0.0,
+        adapter: str | None = None,
     ) -> None:
-        """chat_template: the bundle's, if it is loaded already."""
+        """chat_template: the bundle's, if it is loaded already. adapter: the one that the backend has."""
         self.bundle = bundle
         self.tokenizer = tokenizer
         self.load_seconds = load_seconds
         self._backend = backend
         self._chat_template = chat_template
         self._cache = TokenCache(backend)
+        self._adapter = adapter
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter that it writes with; None for the model itself."""
+        return self._adapter
 
     @property
     def backend_name(self) -> str:
@@ -111,6 +117,7 @@ class Model:
         Raises UsageError when the bundle has no such adapter, LlamaExportError when its file is damaged.
         """
         self._backend.use_adapter(name)
+        self._adapter = name
         self._cache = TokenCache(self._backend)
 
     @property

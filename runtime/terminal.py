@@ -129,19 +129,24 @@ def _show(text: Stream, model: Model, request: RunRequest) -> Result:
         return result
     print(flush=True)
     if not request.quiet:
-        _say(figures(result))
+        _say(figures(result, model.adapter))
     return result
 
 
 def to_json(result: Result, model: Model) -> dict[str, Any]:
     """Return the object that `run --json` prints; its keys are stable."""
     record = model.bundle.manifest.model
-    made_by = {"model": record.id, "backend": model.backend_name, "threads": model.threads}
+    made_by = {
+        "model": record.id,
+        "adapter": model.adapter,
+        "backend": model.backend_name,
+        "threads": model.threads,
+    }
     return {**result.to_json(), **made_by}
 
 
-def figures(result: Result) -> str:
-    """Return one line: tokens, speeds, why the text ended."""
+def figures(result: Result, adapter: str | None = None) -> str:
+    """Return one line: tokens, speeds, why the text ended, and with which adapter it was written."""
     reused = f" ({result.reused_tokens} still in the cache)" if result.reused_tokens else ""
     parts = [
         f"prompt {result.prompt_tokens} tokens{reused}{_speed(result.prefill_tokens_per_second)}",
@@ -151,6 +156,8 @@ def figures(result: Result) -> str:
     ]
     if result.first_token_seconds is not None:
         parts.insert(2, f"first token after {result.first_token_seconds:.2f} s")
+    if adapter is not None:
+        parts.append(f"with the adapter {adapter}")
     return "[" + ", ".join(parts) + "]"
 
 

@@ -156,7 +156,7 @@ def default_context(target: Target, load: Load, max_positions: int) -> ContextCh
 def _requested_context(target: Target, load: Load, max_positions: int, requested: int) -> ContextChoice:
     if requested > max_positions:
         raise UsageError(
-            f"--context {requested} is above the {max_positions} tokens that the model knows: "
+            f"--context {requested} is above the {max_positions:,} tokens that the model knows or stretches to: "
             f"give {max_positions} or less."
         )
     reason = f"Context {requested:,} tokens, as asked for."

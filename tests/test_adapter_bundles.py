@@ -192,11 +192,15 @@ def test_models_change_their_adapter(beside: Bundle) -> None:
 
 
 def test_the_command_takes_a_name(beside: Bundle, place: Path) -> None:
-    texts = {
-        name: json.loads(call("run", beside.path, "once", "--json", "--max-new-tokens", "6", *arguments).stdout)["text"]
-        for name, arguments in (("none", ()), ("one", ("--adapter", "one")))
+    given = {None: (), "one": ("--adapter", "one"), "": ("--adapter", "")}
+    answers = {
+        name: json.loads(call("run", beside.path, "once", "--json", "--max-new-tokens", "6", *arguments).stdout)
+        for name, arguments in given.items()
     }
-    assert texts["none"] != texts["one"]
+    assert [answer["adapter"] for answer in answers.values()] == [None, "one", None]
+    assert answers[None]["token_ids"] == answers[""]["token_ids"] != answers["one"]["token_ids"]
+    told = call("run", beside.path, "once", "--max-new-tokens", "6", "--adapter", "one").stderr
+    assert told.rstrip().endswith("with the adapter one]")
     result = call("run", beside.path, "once", "--adapter", "tow")
     assert result.exit_code == 2
     assert "has no adapter 'tow'; it has one, two. Did you mean 'two'?" in result.stderr
@@ -228,7 +232,7 @@ def test_another_base_is_told(place: Path, tmp_path: Path) -> None:
     arguments = ("-t", "cpu", "-o", tmp_path / "bundle", "--adapter", place / "one", "--no-reference")
     result = call("build", "-m", tmp_path / "other", *arguments)
     assert result.exit_code == 0
-    assert f"says that it was trained on {place / 'llama'}, but the model is other" in result.stderr
+    assert f"names {place / 'llama'} as its base, and this model is called other" in result.stderr
 
 
 def rewritten(change: Callable[[dict[str, np.ndarray]], None], bundle: Path) -> None:

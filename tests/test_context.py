@@ -126,7 +126,7 @@ def test_a_requested_context_beyond_memory_is_built_with_a_warning() -> None:
 
 
 def test_a_requested_context_beyond_the_model_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"--context 2049 .* 2048 tokens .* give 2048 or less"):
+    with pytest.raises(UsageError, match=r"--context 2049 .* 2,048 tokens .* give 2048 or less"):
         choose_context(with_memory(30), load_1b(), 2048, 2049)
 
 
@@ -134,7 +134,7 @@ def test_a_context_may_be_stretched_where_asked_for() -> None:
     target = with_memory(30)
     assert choose_context(target, load_1b(), 2048, 5000, 8192).context == 5000
     assert choose_context(target, load_1b(), 2048, None, 8192).context == 2048
-    with pytest.raises(UsageError, match=r"--context 8193 is above the 8192 tokens"):
+    with pytest.raises(UsageError, match=r"--context 8193 is above the 8,192 tokens"):
         choose_context(target, load_1b(), 2048, 8193, 8192)
 
 

@@ -30,6 +30,7 @@ KEYS = [
     "prefill_tokens_per_second",
     "decode_tokens_per_second",
     "model",
+    "adapter",
     "backend",
     "threads",
 ]

@@ -93,7 +93,17 @@ def test_the_report_for_programs_is_stable(built: Built, tmp_path: Path) -> None
     assert result.exit_code == 0
     assert result.stdout.endswith("\npassed\n")
     verdict = json.loads((tmp_path / "verdict.json").read_text())
-    assert list(verdict) == ["schema_version", "bundle", "backend", "positions", "seconds", "passed", "checks"]
+    assert list(verdict) == [
+        "schema_version",
+        "bundle",
+        "backend",
+        "positions",
+        "seconds",
+        "passed",
+        "checks",
+        "longest",
+        "notes",
+    ]
     assert (verdict["schema_version"], verdict["bundle"]) == (1, str(built("int4")))
     for check in verdict["checks"]:
         assert list(check) == ["title", "gates", "details"]
@@ -107,7 +117,7 @@ def test_the_report_for_programs_is_stable(built: Built, tmp_path: Path) -> None
             "largest KL divergence",
             "positions with another argmax, near ties aside",
         ],
-        ["mean KL divergence", "positions that agree on a likely token"],
+        ["mean KL divergence", "share of positions that agree on a likely token"],
     ]
     without = verdict_of(built("int4"), "--no-hash", code=0)
     assert [check["title"] for check in without["checks"]] == [check["title"] for check in verdict["checks"][1:]]
@@ -115,9 +125,10 @@ def test_the_report_for_programs_is_stable(built: Built, tmp_path: Path) -> None
 
 def test_infinite_figures_are_null() -> None:
     gates = (Gate("a", float("nan"), 1), Gate("b", float("inf"), 1), Gate("c", float("nan"), 1, at_least=True))
-    verdict = Verdict("bundle", "cpu", 1, (Check("t", gates),), 0.5)
+    verdict = Verdict("bundle", "cpu", 1, (Check("t", gates),), 0.5, 4, ("noted",))
     assert not verdict.passed
     assert verdict.lines()[-1] == "FAILED: t: a; t: b; t: c"
+    assert "noted" in verdict.lines()
     (check,) = json.loads(json.dumps(verdict.to_json(), allow_nan=False))["checks"]
     assert [(gate["measured"], gate["passed"]) for gate in check["gates"]] == [(None, False)] * 3
 

@@ -9,8 +9,9 @@ from dataclasses import replace
 import numpy as np
 
 from ...errors import LlamaExportError, did_you_mean
-from ...optimize.formats import EMBEDDING, Format, int_format
+from ...optimize.formats import EMBEDDING, HEAD, Format, int_format
 from ...optimize.tensors import Float32, SourceTensor
+from ..loss import MERGED
 from ..safetensors_file import StoredTensor
 from .peft_folder import Adapter, LowRank
 
@@ -18,8 +19,7 @@ _ROWS = 4096
 
 
 def fitted(adapter: Adapter, model_id: str, tensors: Mapping[str, SourceTensor]) -> Adapter:
-    """The adapter as far as it changes the model: whole weights that are the model's own (peft saves those of an
-    adapted head) are left out.
+    """The adapter as far as it changes the model: whole weights that are the model's own are left out.
 
     Raises LlamaExportError, naming adapter and module, where it changes a weight that the model does not have, or has
     in another shape.
@@ -43,6 +43,11 @@ def _check_fit(
 ) -> None:
     module = name.removesuffix(".weight")
     advice = "take the model that it was trained on" + (f", {adapter.base}" if adapter.base else "")
+    if name == HEAD and name not in tensors:
+        raise LlamaExportError(
+            f"The adapter {adapter.name} changes lm_head, but the head of {model_id} is its embedding (tied), of which "
+            "adapters are not supported; merge it with peft's merge_and_unload first."
+        )
     if name not in tensors:
         raise LlamaExportError(
             f"The adapter {adapter.name} changes {module}, which is no projection of {model_id}; {advice}."
@@ -69,7 +74,7 @@ def base_mismatch(adapter: Adapter, model_id: str) -> str | None:
     """
     if adapter.base is None or _last_part(adapter.base) == _last_part(model_id):
         return None
-    return f"The adapter {adapter.name} says that it was trained on {adapter.base}, but the model is {model_id}"
+    return f"The adapter {adapter.name} names {adapter.base} as its base, and this model is called {model_id}"
 
 
 def merged(tensors: Mapping[str, SourceTensor], adapters: Sequence[Adapter]) -> dict[str, SourceTensor]:
@@ -107,7 +112,7 @@ def _merged(tensor: SourceTensor, parts: Sequence[tuple[str, LowRank]], whole: S
             rows = rows + added
         return rows
 
-    dtype, format = f"{tensor.dtype}+LoRA", _symmetric(tensor.format)
+    dtype, format = tensor.dtype + MERGED, _symmetric(tensor.format)
     return replace(tensor, dtype=dtype, format=format, read=read, blocks=None, order=None)
 
 

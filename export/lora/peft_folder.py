@@ -29,7 +29,9 @@ from ..safetensors_file import StoredTensor, open_file
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _THIN = re.compile(r"(base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])(\.default)?\.weight")
-_WHOLE = re.compile(r"(base_model\.model\.)?(?P<module>.+?)(\.base_layer|\.modules_to_save(\.default)?)?\.weight")
+_WHOLE = re.compile(r"(base_model\.model\.)?(?P<module>.+?)(\.modules_to_save(\.default)?)?\.weight")
+_COPY = re.compile(r".+\.base_layer\.weight")
+"""The model's own weight, which peft saves beside an adapted head; never trained, at times in another dtype."""
 _PLAIN_PATTERN = re.compile(r"\^?[\w.]{1,300}")
 _MOST_RANK = 1 << 14
 _MOST_NAME = 300
@@ -184,6 +186,8 @@ def _tensors(path: Path) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, 
     thin: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
     whole: dict[str, StoredTensor] = {}
     for name, tensor in open_file(path / WEIGHTS).items():
+        if _COPY.fullmatch(name):
+            continue
         match = _THIN.fullmatch(name) or _WHOLE.fullmatch(name)
         if match is None or ".lora_" in match["module"]:
             raise LlamaExportError(
