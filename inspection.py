@@ -8,6 +8,9 @@ from math import prod
 from typing import Any
 
 from .errors import LlamaExportError
+from .export.families import family_of
+from .export.json_object import read_object
+from .export.rope import rope_type
 from .optimize.formats import format_named, stored_bytes
 from .runtime.bundle import CPU_PROVIDER, DATA_FILE, GRAPH_FILE, AdapterRecord, Bundle, Limits, Shape
 from .runtime.hashes import is_checked
@@ -53,6 +56,7 @@ def _facts(bundle: Bundle) -> list[tuple[str, str]]:
     revision = f", revision {manifest.model.revision}" if manifest.model.revision else ""
     return [
         ("model", f"{manifest.model.id} ({manifest.model.source}{revision})"),
+        ("network", _network_text(bundle)),
         ("licence", manifest.model.licence_told),
         *(("" if number else "duties", duty) for number, duty in enumerate(manifest.model.duties)),
         ("target", f"{manifest.target}, {manifest.dialect} graph for {', '.join(manifest.providers)}"),
@@ -120,6 +124,15 @@ def _shape_text(shape: Shape) -> str:
         f"{shape.layers} layers, hidden {shape.hidden}, FFN {shape.ffn}, {shape.heads} heads and {shape.kv_heads} "
         f"KV heads of {shape.head_dim}, vocabulary {shape.vocab:,}"
     )
+
+
+def _network_text(bundle: Bundle) -> str:
+    """The family and the rope type that config.json names; empty where there is none that can be read."""
+    try:
+        config = read_object(bundle.file("config.json"))
+        return f"{family_of(config).name}, rope {rope_type(config):.40}"
+    except LlamaExportError:
+        return ""
 
 
 def _adapter_text(adapter: AdapterRecord) -> str:

@@ -370,3 +370,12 @@ def test_numbers_that_no_graph_can_take(value: float, target: str, dtype: str, p
     with pytest.raises(LlamaExportError, match=f"The adapter one holds numbers in .* too large for {dtype}"):
         build(BuildOptions(str(place / "llama"), target, tmp_path / "bundle", **options))
     assert not (tmp_path / "bundle").exists()
+
+
+def test_inspect_shows_network_and_adapters(beside: Bundle) -> None:
+    told = call("inspect", beside.path).stdout
+    assert "Llama, rope default" in told
+    assert "one, rank 4, to choose: run --adapter one" in told
+    assert "two, rank 7, times 0.5, to choose" in told
+    record = json.loads(call("inspect", beside.path, "--json").stdout)["manifest"]["adapters"][1]
+    assert (record["name"], record["weight"], record["file"]) == ("two", 0.5, "adapters/two.npz")

@@ -70,7 +70,8 @@ class LowRank:
             half.astype(dtype, copy=False).astype(np.float32, copy=False)
             for half in (_whole(self.a), self.scaled_b(start, stop))
         )
-        added: Float32 = b @ a
+        with np.errstate(invalid="ignore", over="ignore"):  # whoever stores it looks for infinity
+            added: Float32 = b @ a
         return added
 
 
