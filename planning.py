@@ -111,10 +111,10 @@ def _open_adapters(options: BuildOptions, source: Source, progress: Progress) ->
             raise LlamaExportError(f"{mismatch}; take that model, or name a local folder if you know that they fit.")
         if mismatch is not None:
             progress.warn(f"{mismatch}; ignore this if they are the same, else the result is nonsense.")
-    counts = Counter(adapter.name for adapter in adapters)
-    for name, count in counts.items():
-        if count > 1:
-            raise UsageError(f"Two adapters are called {name}, by which they are told apart; rename a folder.")
+    counts = Counter(adapter.name.casefold() for adapter in adapters)  # some disks know no case
+    for adapter in adapters:
+        if counts[adapter.name.casefold()] > 1:
+            raise UsageError(f"Two adapters are called {adapter.name}, by which they are told apart; rename a folder.")
     if options.adapter_mode == RUNTIME:
         _check_runtime(options, adapters)
     return adapters

@@ -379,3 +379,11 @@ def test_inspect_shows_network_and_adapters(beside: Bundle) -> None:
     assert "two, rank 7, times 0.5, to choose" in told
     record = json.loads(call("inspect", beside.path, "--json").stdout)["manifest"]["adapters"][1]
     assert (record["name"], record["weight"], record["file"]) == ("two", 0.5, "adapters/two.npz")
+
+
+def test_names_that_differ_in_case_only(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "one", tmp_path / "One")
+    adapters = ("--adapter", place / "one", "--adapter", tmp_path / "One")
+    result = call("build", "-m", place / "llama", "-t", "cpu", "-o", tmp_path / "bundle", *adapters)
+    assert result.exit_code == 2
+    assert "Two adapters are called one" in result.stderr
