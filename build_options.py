@@ -15,7 +15,7 @@ class BuildOptions:
     """What `llama-export build` was asked for; None leaves the choice to model and target.
 
     adapters: folders of LoRA adapters, each with `:weight` or without. adapter_mode: "merge" them into the weights, or
-    keep them beside them to be chosen at "runtime".
+    keep them beside them to be chosen at "runtime". any_base: take adapters whatever model they name as their base.
     """
 
     model: str
@@ -32,3 +32,4 @@ class BuildOptions:
     head_precision: str | None = None
     adapters: tuple[str, ...] = ()
     adapter_mode: str = MERGE
+    any_base: bool = False

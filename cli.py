@@ -67,6 +67,9 @@ def main() -> None:
     show_default=True,
     help="Merge adapters into the weights, or keep them beside them, for `run --adapter NAME`.",
 )
+@click.option(
+    "--any-base", is_flag=True, help="Take adapters whatever model they name as the one they were trained on."
+)
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Where downloads are kept; default: below HF_HOME.")
 @click.option("--no-reference", is_flag=True, help="Leave out PyTorch's answers: quicker, but `verify` cannot compare.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is there already.")

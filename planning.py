@@ -62,7 +62,7 @@ def plan_build(options: BuildOptions, target: Target, progress: Progress) -> Bui
         cache_dir=options.cache_dir,
         progress=progress,
     )
-    adapters, merge = _open_adapters(options, source, progress), options.adapter_mode == MERGE
+    adapters, merge = _open_adapters(options, source), options.adapter_mode == MERGE
     if merge:
         source = source.with_other(tensors=merged(source.tensors, adapters))
     keeps_own = options.precision is None and source.native_precision is not None
@@ -102,15 +102,13 @@ def _kept(tensors: Mapping[str, SourceTensor], formats: Mapping[str, Format]) ->
     return f"The checkpoint's own quantisation is kept: {', '.join(pairs)}."
 
 
-def _open_adapters(options: BuildOptions, source: Source, progress: Progress) -> tuple[Adapter, ...]:
+def _open_adapters(options: BuildOptions, source: Source) -> tuple[Adapter, ...]:
     adapters = tuple(fitted(read_adapter(text), source.model_id, source.tensors) for text in options.adapters)
     for adapter in adapters:
         check_carried(adapter.path, legal_files(adapter.path))
         mismatch = base_mismatch(adapter, source.model_id)
-        if mismatch is not None and source.kind == "hub":
-            raise LlamaExportError(f"{mismatch}; take that model, or name a local folder if you know that they fit.")
-        if mismatch is not None:
-            progress.warn(f"{mismatch}; ignore this if they are the same, else the result is nonsense.")
+        if mismatch is not None and not options.any_base:
+            raise LlamaExportError(f"{mismatch}; take that model, or add --any-base if they are the same.")
     counts = Counter(adapter.name.casefold() for adapter in adapters)  # some disks know no case
     for adapter in adapters:
         if counts[adapter.name.casefold()] > 1:

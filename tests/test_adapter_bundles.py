@@ -162,7 +162,7 @@ def test_adapters_on_a_gguf_file(mode: str, tmp_path: Path) -> None:
     model = write_llama_folder(tmp_path / "llama", tied=True)
     write_llama_gguf(tmp_path / "m.gguf", types="Q4_1")
     write_adapter(model, tmp_path / "one")
-    bundle = built(tmp_path, "bundle", mode, "one", model="m.gguf")
+    bundle = built(tmp_path, "bundle", mode, "one", model="m.gguf", any_base=True)
     assert verdict(bundle).passed
     formats = {record["name"]: record["format"] for record in weights(bundle)}
     changed = "int4-offset" if mode == RUNTIME else "int4"
@@ -227,11 +227,12 @@ def test_wrong_usage(arguments: tuple[str, ...], message: str, place: Path, tmp_
     assert not (tmp_path / "bundle").exists()
 
 
-def test_another_base_is_told(place: Path, tmp_path: Path) -> None:
+def test_another_base_is_refused_unless_it_may_be_any(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "llama", tmp_path / "other")
     arguments = ("-t", "cpu", "-o", tmp_path / "bundle", "--adapter", place / "one", "--no-reference")
-    result = call("build", "-m", tmp_path / "other", *arguments)
-    assert result.exit_code == 0
+    assert call("build", "-m", tmp_path / "other", *arguments, "--any-base").exit_code == 0
+    result = call("build", "-m", tmp_path / "other", *arguments, "--force")
+    assert result.exit_code == 1
     assert f"names {place / 'llama'} as its base, and this model is called other" in result.stderr
 
 
