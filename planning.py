@@ -99,7 +99,7 @@ def _kept(tensors: Mapping[str, SourceTensor], formats: Mapping[str, Format]) ->
     """Which types of matrices the checkpoint has, and what each is stored as."""
     kinds = Counter((tensor.dtype, formats[name].name) for name, tensor in tensors.items() if len(tensor.shape) > 1)
     pairs = (f"{count} in {dtype} as {format}" for (dtype, format), count in kinds.most_common())
-    return f"The checkpoint's own quantisation is kept: {', '.join(pairs)}."
+    return f"Without --precision, matrices are stored as they come, or nearest to it: {', '.join(pairs)}."
 
 
 def _open_adapters(options: BuildOptions, source: Source) -> tuple[Adapter, ...]:
