@@ -112,13 +112,7 @@ def open_source(
     if source is None:
         if _looks_like_path(model) and not _HUB_FILE.fullmatch(model):
             raise UsageError(_no_such_path(path))
-        try:
-            source = _open_hub(model, HubOptions(revision, token, cache_dir, progress or Silent()))
-        except LlamaExportError as error:
-            if not path.parent.is_dir():
-                raise
-            names = [entry.name for entry in sorted(path.parent.iterdir())]
-            raise type(error)(f"{error} Nor is there a folder {path} here.{did_you_mean(path.name, names)}") from error
+        source = _open_hub(model, HubOptions(revision, token, cache_dir, progress or Silent()))
     source = replace(source, tensors=check_tensors(source.config, source.tensors))
     _ = source.tokens  # what is wrong with the tokenizer is told now, not after the weights
     return source
@@ -145,10 +139,22 @@ def _open_hub(model: str, options: HubOptions) -> Source:
     if match := _HUB_FILE.fullmatch(model):
         download = download_file(match["repo"], match["file"], options)
         return replace(open_gguf(download.path), model_id=model, revision=download.revision)
-    download = download_settings(model, options)
+    try:
+        download = download_settings(model, options)
+    except LlamaExportError as error:
+        raise type(error)(f"{error}{_nor_here(Path(model))}") from error
     read_config(download.path)  # refuses other architectures before gigabytes of them are downloaded
     download_weights(model, download, options)
     return open_folder(download.path, model_id=model, revision=download.revision, kind="hub")
+
+
+def _nor_here(path: Path) -> str:
+    """What to add where the hub gave nothing for a name that may have been meant as a folder."""
+    try:
+        names = [entry.name for entry in sorted(path.parent.iterdir())]
+    except OSError:  # no such folder, or not ours to read: then it was meant for the hub
+        return ""
+    return f" Nor is there a folder {path} here.{did_you_mean(path.name, names)}"
 
 
 def _looks_like_path(model: str) -> bool:

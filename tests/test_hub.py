@@ -377,3 +377,17 @@ def test_a_gguf_file_outside_of_the_repository_is_refused(client: Client, name: 
     result = client.open(name)
     assert result["exit_code"] == 2
     assert "name a folder, a GGUF file or a hub id" in result["error"]
+
+
+def test_a_misspelt_folder_is_told_where_nothing_was_found(client: Client) -> None:
+    (client.home / "org" / "stories").mkdir(parents=True)
+    error = client.open("org/storys")["error"]
+    assert error.endswith("Nor is there a folder org/storys here. Did you mean 'stories'?")
+
+
+def test_a_model_that_was_found_and_refused_is_not_called_missing(hub: HubServer, client: Client) -> None:
+    (client.home / "org").mkdir()
+    hub.repos["org/vision"] = Repo({"config.json": json.dumps({"model_type": "mllama"}).encode()})
+    error = client.open("org/vision")["error"]
+    assert "Llama 3.2 Vision" in error
+    assert "Nor is there a folder" not in error
