@@ -37,6 +37,19 @@ USED_FILES = (
 """What the runtime reads where it is there, so the manifest has to know it; and so of the reference of each adapter."""
 
 DIALECTS = ("ort", "trt", "trt-primitive")
+ONNXRUNTIME, TENSORRT, TENSORRT_RTX = "onnxruntime", "tensorrt", "tensorrt-rtx"
+BACKENDS: Mapping[str, tuple[str, ...]] = {
+    ONNXRUNTIME: ("ort",),
+    TENSORRT: ("trt", "trt-primitive"),
+    TENSORRT_RTX: ("trt",),
+}
+"""What a bundle may be made for, and the dialects that this takes."""
+
+MODULES: Mapping[str, str] = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
+"""The Python module of each engine builder."""
+
+ENGINES, RECIPE_FILE = "engine", "engine/recipe.json"
+"""The folder of engines built ahead of time, and how to build one on the device."""
 CACHE_DTYPES = ("float32", "float16")
 CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
 """The execution providers of ONNX Runtime that a bundle may ask for."""
@@ -123,11 +136,35 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class PlanRecord:
+    """A serialized engine. file: in the bundle; compute_capability: the GPUs that it is for ("8.9"); version: of the
+    module that built it; platform: that it was built on ("linux-x86_64").
+    """
+
+    file: str
+    compute_capability: tuple[str, ...]
+    version: str
+    platform: str
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """Engines of a bundle for TensorRT. module: "tensorrt" or "tensorrt_rtx"; version: the release that the graph is
+    made for; plans: built ahead of time, none where the device builds by `RECIPE_FILE`.
+    """
+
+    module: str
+    version: str
+    plans: tuple[PlanRecord, ...] = ()
+
+
+@dataclass(frozen=True)
 class Manifest:
     """`manifest.json`, schema version 1. Instances are always valid: construction raises LlamaExportError otherwise.
 
     minimum: lowest versions that run the bundle, for "python" and "onnxruntime"; providers: ONNX Runtime's execution
-    providers in order, the first one is required; adapters: LoRA adapters, merged or to choose from; files: every file
+    providers in order, the first one is required; adapters: LoRA adapters, merged or to choose from; backend: what the
+    bundle is made for, one of `BACKENDS`; engine: what TensorRT needs, None for ONNX Runtime; files: every file
     but the manifest, by path with forward slashes; tools: versions of what made the bundle; notes: sentences for
     people.
     """
@@ -142,6 +179,8 @@ class Manifest:
     minimum: Mapping[str, str] = field(default_factory=dict)
     providers: tuple[str, ...] = ()
     adapters: tuple[AdapterRecord, ...] = ()
+    backend: str = ONNXRUNTIME
+    engine: EngineRecord | None = None
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     tools: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -209,6 +248,9 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         yield f"shape.heads ({shape.heads}) must be a multiple of shape.kv_heads ({shape.kv_heads})"
     if manifest.dialect not in DIALECTS:
         yield f"dialect must be one of {', '.join(DIALECTS)}, not {manifest.dialect!r}"
+    elif manifest.dialect not in BACKENDS.get(manifest.backend, ()):
+        yield f"backend {manifest.backend!r} must be one that takes the dialect {manifest.dialect!r}"
+    yield from _engine_problems(manifest)
     if shape.cache_dtype not in CACHE_DTYPES:
         yield f"shape.cache_dtype must be one of {', '.join(CACHE_DTYPES)}, not {shape.cache_dtype!r}"
     for name, version in manifest.minimum.items():
@@ -222,6 +264,22 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     names = [adapter.name for adapter in manifest.adapters]
     if len(set(names)) != len(names) or not all(is_safe_name(name) and "/" not in name for name in names):
         yield f"adapters must have names of their own that can name a file, not {', '.join(map(repr, names))}"
+
+
+def _engine_problems(manifest: Manifest) -> Iterator[str]:
+    engine = manifest.engine
+    if engine is None:
+        if manifest.backend in MODULES:
+            yield f"engine must be there for the backend {manifest.backend!r}"
+        return
+    if engine.module != MODULES.get(manifest.backend):
+        yield f"engine.module {engine.module!r} does not fit the backend {manifest.backend!r}"
+    for version in (engine.version, *(plan.version for plan in engine.plans)):
+        if not _VERSION.fullmatch(version):
+            yield f"engine has {version!r} where a version such as 10.3.0 should be"
+    for plan in engine.plans:
+        if not is_safe_name(plan.file) or not plan.file.startswith(f"{ENGINES}/"):
+            yield f"engine.plans names {plan.file!r}, which is no file in the folder {ENGINES}"
 
 
 def _token_ids(tokens: Tokens) -> Iterator[tuple[str, int]]:
@@ -293,6 +351,9 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
         _refuse_device(bundle.path / name)
     for adapter in bundle.manifest.choices:
         bundle.file(str(adapter.file))
+    if (engine := bundle.manifest.engine) is not None:
+        for name in (RECIPE_FILE, *(plan.file for plan in engine.plans)):
+            bundle.file(name)
     for name in _used_files(bundle.manifest):
         if name not in bundle.manifest.files and os.path.lexists(bundle.path / name):
             raise LlamaExportError(
