@@ -1,0 +1,1 @@
+"""Running the engines of a bundle with TensorRT or TensorRT-RTX."""
