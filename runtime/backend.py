@@ -7,18 +7,17 @@ Rewinding is therefore only a smaller length, and positions past it are overwrit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import UsageError
 from .adapters import Matrices, adapter_inputs, load_adapter, no_adapter
-from .arrays import Float32, Int64
+from .arrays import Int64
 from .bundle import Bundle, Shape
 from .cache import lazy_zeros
 from .huge_pages import gathering
+from .sequence import SequenceBackend, choose_capacity
 from .session import (
     DEVICES,
     PAST,
@@ -32,42 +31,9 @@ from .session import (
 )
 from .threads import choose_threads
 
-TokenIds = Sequence[int] | Int64
 
-
-class Backend(Protocol):
-    """What generation needs of an engine: one sequence of tokens, its cache, and the logits after each of them.
-
-    Not for use from several threads at once.
-    """
-
-    name: str
-    threads: int
-    capacity: int
-    vocab: int
-    length: int
-
-    def extend(self, ids: TokenIds, keep: int = 1) -> Float32:
-        """Append tokens to the sequence; return float32 [keep, vocab], the logits after each of the last `keep`."""
-
-    def step(self, token: int) -> Float32:
-        """Append one token; return float32 [vocab], the logits after it, valid until the next call."""
-
-    def rewind(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
-
-    def use_adapter(self, name: str | None) -> None:
-        """Go on with an adapter, None for none, and forget the sequence."""
-
-
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(SequenceBackend):
     """A `Backend` on ONNX Runtime, CPU or CUDA as the manifest's first provider says."""
-
-    name: str
-    threads: int
-    capacity: int
-    vocab: int
-    length: int
 
     def __init__(
         self,
@@ -87,19 +53,16 @@ class OnnxRuntimeBackend:
         """
         manifest = bundle.manifest
         self.threads = choose_threads(threads)
-        self.capacity = manifest.limits.context if capacity is None else capacity
-        if not 1 <= self.capacity <= manifest.limits.context:
-            raise UsageError(
-                f"capacity must be from 1 to the bundle's context {manifest.limits.context}, not {capacity}."
-            )
+        super().__init__(
+            capacity=choose_capacity(capacity, manifest.limits),
+            vocab=manifest.shape.vocab,
+            chunk=manifest.limits.prefill_chunk,
+        )
         self._ort = import_onnxruntime(manifest)
         self._device = DEVICES[manifest.provider]
         with gathering():
             self._session = open_session(bundle, read_graph(bundle) if model is None else model, self.threads)
         self.name = engine_name(self._ort, manifest)
-        self.vocab = manifest.shape.vocab
-        self.length = 0
-        self._chunk = min(manifest.limits.prefill_chunk, self.capacity)
         self._ids = np.zeros((1, self._chunk), np.int64)
         self._mask = np.ones((1, self.capacity), np.int64)
         self._keep = np.ones(1, np.int64)
@@ -112,45 +75,6 @@ class OnnxRuntimeBackend:
         self._binding = self._bind()
         if self._adapter_inputs or adapter is not None:
             self.use_adapter(adapter)
-
-    def extend(self, ids: TokenIds, keep: int = 1) -> Float32:
-        """Append tokens, a chunk at a time; see `Backend.extend`.
-
-        Only the last `keep` positions pay for the output head. Raises UsageError when a token is not in the
-        vocabulary, the sequence would exceed the capacity, or `keep` is not from 1 to the number of tokens.
-        """
-        tokens = np.asarray(ids, np.int64).reshape(-1)
-        count = len(tokens)
-        if not 1 <= keep <= count:
-            raise UsageError(f"keep must be from 1 to the number of tokens {count}, not {keep}.")
-        if tokens.min() < 0 or tokens.max() >= self.vocab:
-            raise UsageError(f"Token ids must be from 0 to {self.vocab - 1}.")
-        self._require_room(count)
-        logits = np.empty((keep, self.vocab), np.float32)
-        for start in range(0, count, self._chunk):
-            part = tokens[start : start + self._chunk]
-            stop = start + len(part)
-            first = max(start, count - keep)  # of the positions wanted from this chunk
-            rows = self._run(part, max(1, stop - first))
-            if first < stop:
-                logits[first - count + keep : stop - count + keep] = rows
-        return logits
-
-    def step(self, token: int) -> Float32:
-        """Append one token; see `Backend.step`. Raises UsageError as `extend` does."""
-        if not 0 <= token < self.vocab:
-            raise UsageError(f"Token ids must be from 0 to {self.vocab - 1}, not {token}.")
-        self._require_room(1)
-        self._ids[0, 0] = token
-        self._run_bound(1)
-        logits: Float32 = self._last[0, 0].astype(np.float32, copy=False)
-        return logits
-
-    def rewind(self, length: int) -> None:
-        """Forget all but the first `length` tokens; free. Raises UsageError when the sequence is shorter."""
-        if not 0 <= length <= self.length:
-            raise UsageError(f"The sequence can be rewound to a length from 0 to {self.length}, not {length}.")
-        self.length = length
 
     def use_adapter(self, name: str | None) -> None:
         """Go on as the model with an adapter of the bundle, None for the model itself, and forget the sequence.
@@ -165,13 +89,6 @@ class OnnxRuntimeBackend:
             self._binding.bind_ortvalue_input(input_name, make(matrix, self._device, 0))
         self.matrices = matrices  # on the CPU the bound values share their memory
         self.length = 0
-
-    def _require_room(self, count: int) -> None:
-        if self.length + count > self.capacity:
-            raise UsageError(
-                f"{self.length} tokens and {count} more exceed the context of {self.capacity}; "
-                "use a shorter text or build with a larger --context."
-            )
 
     def _run(self, tokens: Int64, keep: int) -> npt.NDArray[Any]:
         """Run one chunk; return [keep, vocab] logits in the graph's type."""
@@ -188,6 +105,12 @@ class OnnxRuntimeBackend:
             return rows
         finally:
             self._bind_keep(1)
+
+    def _run_one(self, token: int) -> npt.NDArray[Any]:
+        self._ids[0, 0] = token
+        self._run_bound(1)
+        row: npt.NDArray[Any] = self._last[0, 0]
+        return row
 
     def _run_bound(self, count: int) -> None:
         """Run the first `count` of the prepared ids; the logits go where they are bound."""

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from ..errors import LlamaExportError, UsageError
 from .arrays import Float32
-from .backend import Backend
 from .sampling import Sampler, SamplingOptions
+from .sequence import Backend
 from .text import StopStrings, StreamDecoder, Tokenizer
 
 FinishReason = Literal["stop", "stop_string", "length", "context", "interrupted"]

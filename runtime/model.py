@@ -10,12 +10,13 @@ from typing import Any, Generic, TypeVar
 
 from ..errors import UsageError
 from .adapters import adapter_named
-from .backend import Backend, OnnxRuntimeBackend
+from .backend import OnnxRuntimeBackend
 from .bundle import Bundle, open_bundle
 from .chat import ChatTemplate, Message, load_chat_template
 from .conversation import Conversation
 from .generate import GenerationOptions, Result, Stream, TokenCache
 from .hashes import check_files
+from .sequence import Backend
 from .session import import_onnxruntime
 from .text import Tokenizer
 
