@@ -25,8 +25,7 @@ from .cli_support import (
 )
 from .progress import Terminal
 from .settings import settings_problem
-
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
+from .targets.names import PRECISIONS
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})

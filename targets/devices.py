@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import LlamaExportError, UsageError, did_you_mean
 from ..runtime.bundle import CPU_PROVIDER, CUDA_PROVIDER
 from .jetpack import JETPACKS, JetPack
+from .names import BACKENDS, PRECISIONS
 from .schema import check_facts, field_names
 from .toml_file import read_toml
 
@@ -23,9 +24,7 @@ CATALOGUE = Path(__file__).parent / "catalogue"
 GB = 1e9
 
 KINDS = ("cpu", "gpu", "jetson", "spark")
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
 NATIVE_FORMATS = ("fp32", "fp16", "bf16", "int8", "int4", "fp8", "nvfp4")
-BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 PROVIDERS = (CPU_PROVIDER, CUDA_PROVIDER)
 ASSUMPTION = "assumption"
 

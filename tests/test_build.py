@@ -56,7 +56,7 @@ def test_the_tools_are_those_that_are_here() -> None:
 
 def test_the_command_line_knows_every_precision() -> None:
     """It keeps a list of its own, since importing the formats takes a device's time."""
-    assert tuple(cli.PRECISIONS) == tuple(PRECISIONS)
+    assert set(cli.PRECISIONS) >= set(PRECISIONS)
 
 
 def test_a_head_of_its_own_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
