@@ -1,9 +1,10 @@
 """How many tokens a bundle can hold on a target: plain arithmetic over shapes, made before anything is built.
 
-What counts is what ONNX Runtime takes, since it is what runs a bundle today. On the CPU, GroupQueryAttention of version
-1.23 holds attention scores [batch, heads, chunk, context] in float32, which for long contexts is more than the cache
-itself (measured: 17 kB a token on SmolLM2 beside 46 kB of cache). Version 1.32 no longer does, CUDA never did, but a
-bundle must fit with any version that its manifest allows.
+On the CPU, GroupQueryAttention of ONNX Runtime 1.23 holds attention scores [batch, heads, chunk, context] in float32,
+which for long contexts is more than the cache itself (measured: 17 kB a token on SmolLM2 beside 46 kB of cache).
+Version 1.32 no longer does, CUDA never did, but a bundle must fit with any version that its manifest allows. A graph of
+primitive ops holds them in float16 where TensorRT does not fuse its attention, which nobody promises, and copies one
+layer's cache for the step.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ PREFILL_CHUNK = 512
 
 RUNTIME_BYTES = 150_000_000
 """Python, NumPy, ONNX Runtime and the tokenizer without a model (measured: 131 MB with the tokenizer of Llama 3)."""
+
+SHARED_CONTEXT_BYTES = 400_000_000
+"""The CUDA context and TensorRT's libraries where the GPU uses the computer's memory; on a card they are part of
+`reserve_gb`. An assumption: nothing was measured on such a device.
+"""
 
 CPU_BLOCK_FACTOR = 1.6
 """Memory for a stored byte of int8 and int4 weights on the CPU, whose kernels keep repacked copies (measured: 1,276 MB
@@ -64,7 +70,8 @@ class Load:
     """What is to run: the model's shape, the bytes of its weights as stored, by the name of their format, and how it is
     run.
 
-    cache_dtype: float32 or float16; on_cpu: whether ONNX Runtime's CPU provider runs it.
+    cache_dtype: float32 or float16; on_cpu: whether ONNX Runtime's CPU provider runs it; dialect: of the graph;
+    shared_memory: a GPU runs it in the computer's own memory.
     """
 
     shape: Shape
@@ -73,6 +80,23 @@ class Load:
     on_cpu: bool
     batch: int = 1
     prefill_chunk: int = PREFILL_CHUNK
+    dialect: str = "ort"
+    shared_memory: bool = False
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a running model takes, by what takes them. tables: of the rotary embedding, one row for each token."""
+
+    runtime: int
+    weights: int
+    tables: int
+    cache: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return self.runtime + self.weights + self.tables + self.cache + self.workspace
 
 
 @dataclass(frozen=True)
@@ -92,14 +116,20 @@ def bytes_per_token(shape: Shape, cache_dtype: str) -> int:
 def workspace_bytes(load: Load, context: int) -> int:
     """Bytes of activations, in the cache's dtype, while the last chunk of a prompt of `context` tokens is read.
 
-    The widest moment is the MLP: gate and up together, their product, and the residual stream around them. On the CPU
-    the attention scores come on top, in float32.
+    The widest moment is the MLP: gate and up together, their product, and the residual stream around them. The
+    attention scores come on top: on the CPU in float32, in a graph of primitive ops in the cache's dtype, and there one
+    layer's keys and values, past and new, lie together once more. Engines read a prompt one text at a time and can give
+    the logits of a whole chunk.
     """
-    shape, rows = load.shape, load.batch * min(load.prefill_chunk, context)
+    shape, engine = load.shape, load.dialect != "ort"
+    chunk, number = min(load.prefill_chunk, context), CACHE_BYTES[load.cache_dtype]
+    rows = chunk if engine else load.batch * chunk
     width = 3 * shape.ffn + 4 * shape.hidden + (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    scores = 4 * rows * shape.heads * context if load.on_cpu else 0
-    logits = 4 * load.batch * shape.vocab
-    return rows * width * CACHE_BYTES[load.cache_dtype] + scores + logits
+    primitive = load.dialect == "trt-primitive"
+    scores = (4 if load.on_cpu else number if primitive else 0) * rows * shape.heads * context
+    joined = load.batch * context * bytes_per_token(shape, load.cache_dtype) // shape.layers if primitive else 0
+    logits = 4 * shape.vocab * (max(chunk, load.batch) if engine else load.batch)
+    return rows * width * number + scores + joined + logits
 
 
 def weight_memory(load: Load) -> int:
@@ -110,10 +140,34 @@ def weight_memory(load: Load) -> int:
     return int(sum(count * factors[name] for name, count in load.weight_bytes.items()))
 
 
+def table_bytes(load: Load, context: int) -> int:
+    """Bytes of the rotary tables, cosines and sines [context, head_dim / 2]: float32 in engines, else as the cache."""
+    return context * load.shape.head_dim * (CACHE_BYTES[load.cache_dtype] if load.dialect == "ort" else 4)
+
+
+def need(load: Load, context: int) -> Need:
+    """What the running model takes when its cache holds `context` tokens for each text."""
+    return Need(
+        runtime=RUNTIME_BYTES + (SHARED_CONTEXT_BYTES if load.shared_memory else 0),
+        weights=weight_memory(load),
+        tables=table_bytes(load, context),
+        cache=load.batch * context * bytes_per_token(load.shape, load.cache_dtype),
+        workspace=workspace_bytes(load, context),
+    )
+
+
 def needed_bytes(load: Load, context: int) -> int:
     """Bytes that the running model takes when its cache holds `context` tokens for each text."""
-    cache = load.batch * context * bytes_per_token(load.shape, load.cache_dtype)
-    return RUNTIME_BYTES + weight_memory(load) + cache + workspace_bytes(load, context)
+    return need(load, context).total
+
+
+def largest_context(budget: int, load: Load, max_positions: int) -> int:
+    """Most tokens whose memory is within `budget` bytes: all of `max_positions`, else a multiple of 256; 0 for none."""
+    if needed_bytes(load, max_positions) <= budget:
+        return max_positions
+    steps = range(STEP, max_positions, STEP)
+    fitting = bisect_right(steps, budget, key=lambda context: needed_bytes(load, context))
+    return steps[fitting - 1] if fitting else 0
 
 
 def choose_context(
@@ -135,20 +189,17 @@ def default_context(target: Target, load: Load, max_positions: int) -> ContextCh
 
     Raises LlamaExportError when not even 256 tokens fit (or all of a model that knows fewer).
     """
-    budget = int(target.usable_gb * GB)
-    needed = needed_bytes(load, max_positions)
-    if needed <= budget:
-        reason = f"all that the model knows, which takes {size(needed)} of the {_budget(target)}."
+    context = largest_context(int(target.usable_gb * GB), load, max_positions)
+    if context == max_positions:
+        needed = needed_bytes(load, max_positions)
+        reason = f"all that the model knows, which takes {size(needed)} of the {budget_text(target)}."
         return ContextChoice(max_positions, f"Context {max_positions:,} tokens: {reason}")
-    steps = range(STEP, max_positions, STEP)
-    fitting = bisect_right(steps, budget, key=lambda context: needed_bytes(load, context))
-    if fitting == 0:
+    if context == 0:
         raise LlamaExportError(_does_not_fit(target, load, min(STEP, max_positions)))
-    context = steps[fitting - 1]
     weights, tokens = size(needed_bytes(load, 0)), size(_for_tokens(load))
     return ContextChoice(
         context,
-        f"Context {context:,} tokens of the model's {max_positions:,}: more does not fit the {_budget(target)}, "
+        f"Context {context:,} tokens of the model's {max_positions:,}: more does not fit the {budget_text(target)}, "
         f"since the weights take {weights} and every 1,000 tokens {tokens}.",
     )
 
@@ -164,7 +215,7 @@ def _requested_context(target: Target, load: Load, max_positions: int, requested
     if needed <= int(target.usable_gb * GB):
         return ContextChoice(requested, reason)
     warning = (
-        f"A context of {requested:,} tokens takes about {size(needed)}, which is above the {_budget(target)}: "
+        f"A context of {requested:,} tokens takes about {size(needed)}, which is above the {budget_text(target)}: "
         f"it may not load there."
     )
     return ContextChoice(requested, reason, warning)
@@ -174,8 +225,8 @@ def _does_not_fit(target: Target, load: Load, context: int) -> str:
     needed, weights = size(needed_bytes(load, context)), size(needed_bytes(load, 0))
     return (
         f"The model does not fit {target.name}: with a context of {context} tokens it takes {needed} "
-        f"(weights {weights}), which is above the {_budget(target)}; choose a smaller --precision, a larger --target, "
-        f"or give --context to build it anyway."
+        f"(weights {weights}), which is above the {budget_text(target)}; choose a smaller --precision, a larger --target, "
+        f"or give --force to build it anyway."
     )
 
 
@@ -185,6 +236,7 @@ def _for_tokens(load: Load, tokens: int = 1000) -> int:
     return needed_bytes(load, base + tokens) - needed_bytes(load, base)
 
 
-def _budget(target: Target) -> str:
+def budget_text(target: Target) -> str:
+    """The memory that a target has free, in words."""
     assumed = " (an assumption)" if target.is_assumed("memory_gb") else ""
     return f"{target.usable_gb:.1f} GB that {target.name} has free of its {target.memory_gb:g} GB{assumed}"

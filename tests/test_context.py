@@ -104,7 +104,7 @@ def test_a_model_that_does_not_fit_is_refused_with_numbers_and_a_way_out() -> No
     with pytest.raises(LlamaExportError) as caught:
         default_context(load_target("jetson-orin-nano-4gb"), load_1b(weight_bytes={"int4": 4_500_000_000}), 131_072)
     message = str(caught.value)
-    for part in ("jetson-orin-nano-4gb", "2.4 GB", "7.4", "--precision", "--target", "--context"):
+    for part in ("jetson-orin-nano-4gb", "2.4 GB", "7.4", "--precision", "--target", "--force"):
         assert part in message
 
 
