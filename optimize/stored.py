@@ -12,13 +12,17 @@ import onnx_ir as ir
 from .formats import Format
 from .graph import sizes_of
 
-Role = Literal["values", "codes", "scales", "zeros", "offsets"]
+Role = Literal["values", "codes", "scales", "zeros", "offsets", "global"]
+"""`global`: the one number by which the scales of a whole tensor are multiplied."""
 _STORED, _PARTS, _ROWS = "stored", "parts", "rows"
 
 
 @dataclass(frozen=True)
 class Stored:
     """One initializer's content: `role` of the checkpoint tensors `parts`, stacked by rows, in `format`.
+
+    signed: integer codes are in two's complement, 2**(bits - 1) less than in `tensors.Blocks`. transposed: columns of
+    the checkpoint's matrix are rows here; of 4-bit codes an odd number of columns is padded with a zero.
 
     Initializers with equal descriptions are the same bytes, whatever their shapes: a tied embedding and head are stored
     once.
@@ -27,6 +31,8 @@ class Stored:
     parts: tuple[str, ...]
     format: Format
     role: Role
+    signed: bool = False
+    transposed: bool = False
 
 
 def parts_of(weight: ir.Value) -> tuple[str, ...]:
