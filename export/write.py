@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from ..errors import LlamaExportError
 from ..optimize.formats import FP32, Format
-from ..optimize.graph import ORDER
+from ..optimize.graph import ORDER, activations_of
 from ..optimize.ort.order_inputs import order_name
 from ..optimize.quantise import blocks_of, pack, round_scales, stored_values, to_dense
 from ..optimize.stored import Role, Stored, stored_of
@@ -121,9 +121,7 @@ def write_data(
             _write_at(file.fileno(), table.tobytes(), region.offset)
         total, done = sum(region.size for region in layout.regions.values()), 0
         losses: dict[str, Loss] = {}
-        activations = model.graph.outputs[0].dtype
-        assert activations is not None
-        steps = _steps(layout, tensors, activations.numpy(), file.fileno())
+        steps = _steps(layout, tensors, activations_of(model).numpy(), file.fileno())
         with contextlib.closing(_run_all(steps, threads)) as results:  # no step may outlive the open file
             for written in results:
                 done += written.size

@@ -14,6 +14,8 @@ ROTARY_TABLES = ("cos_cache", "sin_cache")
 ORDER = "order."
 """How the names of column orders begin."""
 MICROSOFT = "com.microsoft"
+FLOAT32_SCOPE = "float32"
+"""In the names of nodes that must compute in float32 even where a builder may choose a type: `…/float32/Mul`."""
 
 
 def past_name(layer: int, part: str) -> str:
@@ -22,6 +24,17 @@ def past_name(layer: int, part: str) -> str:
 
 def present_name(layer: int, part: str) -> str:
     return f"present.{layer}.{part}"
+
+
+def input_named(graph: ir.Graph, name: str) -> ir.Value:
+    return next(value for value in graph.inputs if value.name == name)
+
+
+def activations_of(model: ir.Model) -> ir.DataType:
+    """The type that a graph computes in, which is that of its cache; logits may be wider."""
+    dtype = model.graph.outputs[1].dtype
+    assert dtype is not None
+    return dtype
 
 
 def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:

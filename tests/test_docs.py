@@ -260,9 +260,11 @@ def test_every_key_of_a_reference_is_explained() -> None:
 
 
 def test_every_pass_is_described() -> None:
-    files = [*(ROOT / "optimize/fuse").glob("*.py"), *(ROOT / "optimize/ort").glob("*.py")]
+    files = [
+        path for folder in ("fuse", "ort", "primitive", "trt") for path in (ROOT / "optimize" / folder).glob("*.py")
+    ]
     passes = {path.relative_to(ROOT).as_posix() for path in files if path.name != "__init__.py"}
-    told = {row[0].strip("`") for row in rows_of(ARCHITECTURE, "pass")}
+    told = {row[0].strip("`") for table in ("pass", "TensorRT pass") for row in rows_of(ARCHITECTURE, table)}
     assert told == passes | {"optimize/stamp.py"}
 
 
