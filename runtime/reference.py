@@ -152,15 +152,30 @@ def logsumexp(logits: Float32) -> Float64:
     return result
 
 
-def fingerprint(rows: Iterator[Float32]) -> tuple[str, float]:
-    """sha256 over float32 rows in order, little-endian, and the root of the sum of their squares."""
-    digest, squares = hashlib.sha256(), 0.0
-    for part in rows:
-        flat = np.ascontiguousarray(part, dtype="<f4").reshape(-1)
-        digest.update(flat.data)
+class Fingerprint:
+    """Made of float32 rows as they pass by, in order."""
+
+    def __init__(self) -> None:
+        self._digest, self._squares = hashlib.sha256(), 0.0
+
+    def add(self, rows: Float32) -> None:
+        flat = np.ascontiguousarray(rows, dtype="<f4").reshape(-1)
+        self._digest.update(flat.data)
         with np.errstate(over="ignore", invalid="ignore"):
-            squares += float(np.dot(flat, flat))
-    return digest.hexdigest(), squares**0.5
+            self._squares += float(np.dot(flat, flat))
+
+    @property
+    def value(self) -> tuple[str, float]:
+        """sha256 over the rows so far, little-endian, and the root of the sum of their squares."""
+        return self._digest.hexdigest(), self._squares**0.5
+
+
+def fingerprint(rows: Iterator[Float32]) -> tuple[str, float]:
+    """The `Fingerprint` of all these rows."""
+    whole = Fingerprint()
+    for part in rows:
+        whole.add(part)
+    return whole.value
 
 
 def save_reference(reference: Reference, bundle: Path, adapter: str | None = None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from llama_export.errors import LlamaExportError
-from llama_export.export import reference as exact
+from llama_export.export import layerwise
 from llama_export.export.reference import ExactModel
 from llama_export.optimize.plan import plan_formats
 from llama_export.optimize.quantise import stored_values
@@ -53,7 +53,7 @@ CASES = [(variant, precision) for variant in VARIANTS for precision in ("fp32", 
 
 @pytest.mark.parametrize(("variant", "precision"), [*CASES, ("grouped", "fp16"), ("untied", "int8")])
 def test_layer_by_layer_it_is_transformers_model(variant: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exact, "_STEP", 10_000)  # so that these small matrices come in several parts too
+    monkeypatch.setattr(layerwise, "_STEP", 10_000)  # so that these small matrices come in several parts too
     model = llama(**VARIANTS[variant])
     tensors = source_tensors(model)
     formats = plan_formats(tensors, precision)

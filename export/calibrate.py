@@ -1,0 +1,84 @@
+"""Calibration: the largest magnitudes that the inputs of projections reach over a text, by transformers' own layers.
+
+TensorRT takes static scales of 8-bit activations (NVIDIA's TensorRT documentation, "Working with Quantized Types"): one
+a tensor, fixed when the graph is made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ..errors import LlamaExportError
+from ..optimize.plan import head_of
+from ..optimize.tensors import SourceTensor
+from ..progress import Progress
+from .calibration_text import CalibrationText
+from .config import transformers_config
+from .families import ATTENTION, MLP
+from .layerwise import Layerwise, Parts, cuts, float32_bytes
+from .source import Source
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """amax: checkpoint name of a projection's weight -> the largest magnitude of its input, finite and not below zero.
+
+    The head's weight is among them, by the embedding's name where they are one.
+    """
+
+    text: CalibrationText
+    amax: Mapping[str, float]
+
+
+@dataclass
+class _Watched:
+    """What has been seen: of inputs the largest magnitudes, of weights the bytes in float32."""
+
+    tensors: Mapping[str, SourceTensor]
+    amax: dict[str, float] = field(default_factory=dict)
+    passed_bytes: int = 0
+
+    def parts(self, name: str) -> Parts:
+        """The tensor's rows as the checkpoint has them."""
+        for start, stop in cuts(self.tensors[name]):
+            rows = self.tensors[name].read(start, stop)
+            yield start, rows
+            self.passed_bytes += rows.size * 4
+
+    def note(self, name: str, values: torch.Tensor) -> None:
+        """`values` enter the projection with this weight."""
+        largest = values.abs().max().item()
+        if not math.isfinite(largest):
+            raise LlamaExportError(
+                f"The input of {name} is not finite in float32, so it cannot be calibrated; the checkpoint is damaged, "
+                "download or copy it again."
+            )
+        self.amax[name] = max(self.amax.get(name, 0.0), largest)
+
+    def hook(self, name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
+        return lambda _module, inputs: self.note(name, inputs[0])
+
+
+def calibrate(source: Source, text: CalibrationText, context: int, progress: Progress) -> Calibration:
+    """Run the model over `text` in float32 with the weights that the checkpoint has (adapters that are merged into
+    `source` included), one decoder layer in memory, and note the largest magnitude of each projection's input.
+
+    context: of the bundle. Raises LlamaExportError where an input is not finite, naming the projection.
+    """
+    watched, total = _Watched(source.tensors), float32_bytes(source.tensors)
+    model = Layerwise(transformers_config(source.config), source.tensors, context, watched.parts)
+
+    def begin(index: int, layer: torch.nn.Module) -> None:
+        progress.advance(watched.passed_bytes, total)
+        for name in (*ATTENTION, *MLP):
+            weight = f"model.layers.{index}.{name}.weight"
+            layer.get_submodule(name).register_forward_pre_hook(watched.hook(weight))
+
+    hidden = model.decoded(text.sequences, begin)
+    watched.note(head_of(source.tensors), model.normed(torch.cat([state[0] for state in hidden])))
+    progress.advance(total, total)
+    return Calibration(text, watched.amax)

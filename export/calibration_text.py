@@ -1,0 +1,126 @@
+"""The text that `--calibrate` names: read, checked and cut into sequences of tokens before anything long begins."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from ..errors import LlamaExportError, UsageError
+from .source import Source
+
+PRECISIONS = ("int8", "fp8")
+"""Of `--precision`: those whose products take inputs in 8 bits too, for which calibration finds the scales."""
+
+LENGTH = 512
+"""Most tokens of a sequence."""
+
+TOKENS = 4096
+"""Most tokens in all: what is read stops growing long before (docs/parity.md has figures)."""
+
+LEAST = 128
+"""Tokens below which the largest magnitudes say little of other texts."""
+
+_BYTES = 64 * TOKENS
+"""Most bytes that are read: text takes 1 to 8 a token, and a file may be larger than memory."""
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Sequences of token ids as the model meets them, each with what its tokenizer puts before a text.
+
+    sha256: of the file's first `read_bytes` bytes, more than which are not looked at.
+    """
+
+    file: Path
+    sequences: tuple[tuple[int, ...], ...]
+    sha256: str
+    read_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        """In all sequences."""
+        return sum(map(len, self.sequences))
+
+    @property
+    def note(self) -> str:
+        """A sentence for the manifest."""
+        return f"Inputs of projections were calibrated on {self.tokens:,} tokens of {self.file.name}."
+
+
+def check_calibrates(precision: str, backend: str) -> None:
+    """Raise UsageError where a build of this precision for this backend ("onnxruntime", ...) does not calibrate."""
+    names = " and ".join(f"--precision {name}" for name in PRECISIONS)
+    if backend == "onnxruntime":
+        raise UsageError(
+            "--calibrate finds scales for the inputs of TensorRT's 8-bit products, but this bundle is for ONNX "
+            "Runtime, which finds them as it runs; leave it out, or choose a target or --backend of TensorRT."
+        )
+    if precision not in PRECISIONS:
+        raise UsageError(
+            f"--calibrate is for {names}, which take the inputs of products in 8 bits too, but this bundle is "
+            f"{precision}; leave it out, or choose one of these."
+        )
+
+
+def calibration_text(source: Source, file: Path, context: int) -> CalibrationText:
+    """Read as much of a UTF-8 text as calibration uses: at most `TOKENS` tokens, in sequences of at most `LENGTH` and
+    the context.
+
+    Special tokens that the text spells out count as such, so that a text may hold conversations as the chat template
+    writes them. Raises UsageError where the file is none that can be read, LlamaExportError where it holds no text, or
+    too little.
+    """
+    content = _read(file)
+    text = _decoded(file, content)
+    tokenizer = Tokenizer.from_str(source.content("tokenizer.json").decode())
+    tokenizer.no_truncation()  # a tokenizer.json may come with the length that it was trained at
+    tokenizer.no_padding()
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    if len(ids) < LEAST:
+        raise LlamaExportError(
+            f"{file} holds {len(ids)} tokens, but calibrating takes at least {LEAST}; name a longer text, such as what "
+            "the model will be asked, a few thousand words of it."
+        )
+    if max(ids) >= source.shape.vocab:
+        raise LlamaExportError(
+            f"The tokenizer of {source.model_id} gives tokens beyond the model's {source.shape.vocab} for {file}, so "
+            "they do not belong together; take the model's own tokenizer.json."
+        )
+    before = (source.tokens.bos,) if source.tokens.add_bos and source.tokens.bos is not None else ()
+    length = max(1, min(context, LENGTH) - len(before))
+    ids = ids[: TOKENS // (length + len(before)) * length]
+    sequences = tuple((*before, *ids[start : start + length]) for start in range(0, len(ids), length))
+    return CalibrationText(file, sequences, hashlib.sha256(content).hexdigest(), len(content))
+
+
+def _read(file: Path) -> bytes:
+    """The first `_BYTES` of the file."""
+    if not file.exists():
+        raise UsageError(f"There is no {file}; --calibrate takes a text file in UTF-8.")
+    if not file.is_file():
+        kind = "a folder" if file.is_dir() else "no plain file"
+        raise UsageError(f"{file} is {kind}; --calibrate takes a text file in UTF-8.")
+    try:
+        with file.open("rb") as opened:
+            return opened.read(_BYTES)
+    except OSError as error:
+        raise LlamaExportError(f"{file} cannot be read ({error.strerror}); --calibrate takes a text file.") from error
+
+
+def _decoded(file: Path, content: bytes) -> str:
+    if not content.strip():
+        raise LlamaExportError(f"{file} is empty; name a text of a few thousand words to calibrate with.")
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    try:
+        text = decoder.decode(content, final=len(content) < _BYTES)  # the last character may be cut
+    except UnicodeDecodeError as error:
+        raise LlamaExportError(
+            f"{file} is no UTF-8 text (byte {error.start} does not fit); save it as UTF-8, or name another text."
+        ) from error
+    if "\0" in text:
+        raise LlamaExportError(f"{file} is no text (it holds zero bytes); name a text in UTF-8 to calibrate with.")
+    return text

@@ -1,0 +1,117 @@
+"""transformers' own layers in float32 over a few texts, one layer in memory: shared by reference and calibration."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedConfig
+
+from ..optimize.formats import EMBEDDING
+from ..optimize.tensors import Float32, SourceTensor
+from .families import classes
+from .rotary import rotary_embedding
+from .trace import window_of
+
+_STEP = 1 << 22
+"""Values of a tensor that are read at a time."""
+
+Parts = Iterator[tuple[int, Float32]]
+"""A tensor's rows from the first to the last, a few at a time, each time with the number of the first."""
+
+
+@dataclass(frozen=True)
+class Layerwise:
+    """A model whose weights pass by: `parts` of a checkpoint name are the values that it computes with.
+
+    tensors: the checkpoint's, of which only shapes are looked at. context: of the bundle, for which the frequencies of
+    the dynamic rope type are fixed.
+    """
+
+    config: PreTrainedConfig
+    tensors: Mapping[str, SourceTensor]
+    context: int
+    parts: Callable[[str], Parts]
+
+    @torch.no_grad()
+    def decoded(
+        self, sequences: Sequence[Sequence[int]], begin: Callable[[int, torch.nn.Module], None]
+    ) -> list[torch.Tensor]:
+        """What the last decoder layer leaves of each sequence, [1, length, hidden], all sequences in one pass over the
+        weights. begin: called with each layer's index and the layer before it runs; the layer is gone after.
+        """
+        config = copy.deepcopy(self.config)
+        config._attn_implementation = "sdpa"
+        hidden = self._embedded(sequences)
+        rotary = rotary_embedding(config, self.context)
+        positions = [torch.arange(len(sequence))[None] for sequence in sequences]
+        angles = [rotary(state, position) for state, position in zip(hidden, positions, strict=True)]
+        masks = [_window_mask(len(sequence), window_of(config)) for sequence in sequences]
+
+        def run(index: int) -> None:  # a frame of its own, which lets go of the layer before the next is read
+            layer = self._layer(config, index)
+            begin(index, layer)
+            for number, (mask, angle, position) in enumerate(zip(masks, angles, positions, strict=True)):
+                hidden[number] = layer(
+                    hidden[number], attention_mask=mask, position_embeddings=angle, position_ids=position
+                )
+
+        for index in range(config.num_hidden_layers):
+            run(index)
+        return hidden
+
+    @torch.no_grad()
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The head's input: `hidden` [..., hidden] after the last norm."""
+        with torch.device("meta"):
+            norm: torch.nn.Module = classes(self.config.model_type).norm(
+                self.config.hidden_size, self.config.rms_norm_eps
+            )
+        norm.load_state_dict({"weight": self._whole("model.norm.weight")}, assign=True)
+        normed: torch.Tensor = norm(hidden)
+        return normed
+
+    def _embedded(self, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """The embedding's rows of each sequence, [1, length, hidden]."""
+        wanted = np.unique(np.concatenate([np.asarray(sequence) for sequence in sequences]))
+        rows: dict[int, Float32] = {}
+        for start, part in self.parts(EMBEDDING):
+            for token in wanted[(wanted >= start) & (wanted < start + len(part))]:
+                rows[int(token)] = part[token - start].copy()
+        return [torch.from_numpy(np.stack([rows[token] for token in sequence]))[None] for sequence in sequences]
+
+    def _layer(self, config: PreTrainedConfig, index: int) -> torch.nn.Module:
+        with torch.device("meta"):
+            layer: torch.nn.Module = classes(config.model_type).layer(config, index)
+        prefix = f"model.layers.{index}."
+        state = {name: self._whole(prefix + name) for name in layer.state_dict()}
+        layer.load_state_dict(state, assign=True)
+        return layer.eval()
+
+    def _whole(self, name: str) -> torch.Tensor:
+        values = np.empty(self.tensors[name].shape, np.float32)
+        for start, part in self.parts(name):
+            values[start : start + len(part)] = part
+        return torch.from_numpy(values)
+
+
+def cuts(tensor: SourceTensor) -> Iterator[tuple[int, int]]:
+    """Where a tensor's rows are cut when they are read a few at a time: start and stop of each part."""
+    step = max(1, _STEP // int(np.prod(tensor.shape[1:])))
+    for start in range(0, tensor.shape[0], step):
+        yield start, min(tensor.shape[0], start + step)
+
+
+def float32_bytes(tensors: Mapping[str, SourceTensor]) -> int:
+    """Bytes of all values in float32, in which they are computed with."""
+    return sum(int(np.prod(tensor.shape)) * 4 for tensor in tensors.values())
+
+
+def _window_mask(length: int, window: int | None) -> torch.Tensor | None:
+    """True where a query sees a key, [1, 1, length, length]; None where it sees all before it, which sdpa knows."""
+    if window is None or window >= length:
+        return None
+    return torch.ones((1, 1, length, length), dtype=torch.bool).tril().triu(1 - window)
