@@ -9,50 +9,84 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from .formats import BF16, FP16, FP32, Format
+from .formats import BF16, FP16, FP32, Coding, Format
 from .tensors import Blocks, Float32, SourceTensor, UInt8
 
 Reader = Callable[[int, int], Blocks]
 
 
-def quantise(rows: Float32, format: Format) -> Blocks:
-    """Round `rows` [n, columns] to nearest in a symmetric `format`, one scale for each block (the last one is padded).
+def quantise(rows: Float32, format: Format, largest: float = 0.0) -> Blocks:
+    """Round `rows` [n, columns] to nearest in `format`, one scale for each block (the last one is padded) or row.
 
-    The scale maps the value of largest magnitude, sign included, to the most negative code, which uses the whole range
-    [-2^(bits-1), 2^(bits-1)) and loses less than scaling to the positive end (the choice of GGUF's Q4_0 and of ONNX
-    Runtime's symmetric quantiser). A block of zeros has scale 0 and the codes of zero.
+    Integers: the scale maps the value of largest magnitude, sign included, to the most negative code, which uses the
+    whole range [-2^(bits-1), 2^(bits-1)) and loses less than scaling to the positive end (the choice of GGUF's Q4_0 and
+    of ONNX Runtime's symmetric quantiser). Where scales must be positive, it is the least that reaches both ends. E4M3
+    and E2M1: the largest magnitude becomes the largest number. A block of zeros has the codes of zero.
+
+    largest: magnitude of the whole tensor, which formats with a scale of the tensor need: it becomes 448 * 6, as in
+    NVIDIA's NVFP4 recipe (arXiv:2509.25149).
     """
     assert not (format.zeros or format.offsets), f"{format.name} is for weights that come quantised"
+    columns = rows.shape[1]
+    padded = np.pad(rows, ((0, 0), (0, format.padded(columns) - columns))) if format.padded(columns) > columns else rows
+    blocks = padded.reshape(len(rows), format.blocks(columns), -1)
     # NaN and infinity make scales that are not finite, which the writer looks for; no warning is needed on the way.
     with np.errstate(invalid="ignore", over="ignore"):
-        return _rounded(_padded(rows, format.block), format)
+        return _above_zero(_rounded(blocks, format) if format.coding == "int" else _floats(blocks, format, largest))
 
 
-def _padded(rows: Float32, block: int) -> Float32:
-    columns = rows.shape[1]
-    return np.pad(rows, ((0, 0), (0, -columns % block))) if columns % block else rows
-
-
-def _rounded(rows: Float32, format: Format) -> Blocks:
-    n, zero = rows.shape[0], 2 ** (format.bits - 1)
-    blocks = rows.reshape(n, -1, format.block)
+def _rounded(blocks: Float32, format: Format) -> Blocks:
+    zero = 2 ** (format.bits - 1)
     largest, smallest = blocks.max(axis=-1), blocks.min(axis=-1)
-    scales = np.where(largest > -smallest, largest, smallest) / np.float32(-zero)
-    inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
-    codes = blocks * inverse[..., None]
+    if format.positive:
+        scales = np.maximum(largest / np.float32(zero - 1), smallest / np.float32(-zero))
+    else:
+        scales = np.where(largest > -smallest, largest, smallest) / np.float32(-zero)
+    codes = blocks * _inverse(scales)[..., None]
     np.rint(codes, out=codes)
     codes += np.float32(zero)
     np.clip(codes, 0, 2 * zero - 1, out=codes)
-    return Blocks(format, codes.astype(np.uint8).reshape(n, -1), scales)
+    return Blocks(format, codes.astype(np.uint8).reshape(len(blocks), -1), scales)
+
+
+def _floats(blocks: Float32, format: Format, largest: float) -> Blocks:
+    most, dtype = np.float32(MOST[format.coding]), np.dtype(_CODED[format.coding])
+    scales, unit = np.maximum(blocks.max(axis=-1), -blocks.min(axis=-1)) / most, np.float32(1)
+    if format.tensor_scale:
+        unit = np.float32(largest / (MOST["fp8"] * MOST["fp4"])) or unit
+        units = np.where(np.isfinite(scales), np.minimum(scales / unit, np.float32(MOST["fp8"])), np.float32(np.nan))
+        scales = units.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    values = blocks * _inverse(scales * unit)[..., None]
+    np.clip(values, -most, most, out=values)
+    codes = values.astype(dtype).view(np.uint8).reshape(len(blocks), -1)
+    return Blocks(format, codes, scales, unit=float(unit))
+
+
+def _inverse(scales: Float32) -> Float32:
+    return np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
+
+
+def _above_zero(blocks: Blocks) -> Blocks:
+    """The same values where a scale of 0 may not be: the codes of zero, scaled by 1."""
+    none = blocks.scales == 0
+    if not blocks.format.positive or not none.any():
+        return blocks
+    zero = 2 ** (blocks.format.bits - 1) if blocks.format.coding == "int" else 0
+    codes = blocks.codes.reshape(*none.shape, -1)
+    codes = np.where(none[..., None], np.uint8(zero), codes).reshape(blocks.codes.shape)
+    return replace(blocks, codes=codes, scales=np.where(none, np.float32(1), blocks.scales))
 
 
 def dequantise(blocks: Blocks, columns: int) -> Float32:
     """The float32 values [n, columns] that `blocks` stand for; padding at the end of a row is cut off."""
-    n = blocks.codes.shape[0]
-    values = blocks.codes.reshape(n, -1, blocks.format.block).astype(np.float32)
-    zeros = np.float32(2 ** (blocks.format.bits - 1)) if blocks.zeros is None else blocks.zeros[..., None]
-    values -= zeros
-    values *= blocks.scales[..., None]
+    n, count = blocks.scales.shape
+    codes = blocks.codes.reshape(n, count, -1)
+    if blocks.format.coding == "int":
+        values = codes.astype(np.float32)
+        values -= np.float32(2 ** (blocks.format.bits - 1)) if blocks.zeros is None else blocks.zeros[..., None]
+    else:
+        values = _NUMBERS[blocks.format.coding][codes]
+    values *= (blocks.scales * np.float32(blocks.unit))[..., None]
     if blocks.offsets is not None:
         values += blocks.offsets[..., None]
     return values.reshape(n, -1)[:, :columns]
@@ -70,8 +104,10 @@ def pack(codes: UInt8, bits: int) -> UInt8:
 
 
 def round_scales(blocks: Blocks, dtype: npt.DTypeLike) -> Blocks:
-    """The same codes with scales and offsets as they survive being stored in `dtype`, that of the activations."""
-    if np.dtype(dtype) == np.float32:
+    """The same codes with scales and offsets as they survive being stored in `dtype`, that of the activations; scales
+    of a format that has a type of its own for them stay.
+    """
+    if np.dtype(dtype) == np.float32 or blocks.format.tensor_scale:
         return blocks
 
     def rounded(values: Float32) -> Float32:
@@ -79,16 +115,48 @@ def round_scales(blocks: Blocks, dtype: npt.DTypeLike) -> Blocks:
             return values.astype(dtype).astype(np.float32)
 
     offsets = None if blocks.offsets is None else rounded(blocks.offsets)
-    return replace(blocks, scales=rounded(blocks.scales), offsets=offsets)
+    return _above_zero(replace(blocks, scales=rounded(blocks.scales), offsets=offsets))
+
+
+def converted(blocks: Blocks, format: Format) -> Blocks:
+    """The same values in a format that takes these codes: zero points become offsets, and negative scales positive.
+
+    w = s * (c - z) + o is s * (c - m) + (o + s * (m - z)), m the middle code; and for s < 0, with the codes mirrored,
+    c' = 2m - 1 - c, it is -s * (c' - m) + (o - s). Without offsets the mirror is c' = 2m - c, which has no code for
+    c = 0: such blocks are counted as rounded.
+    """
+    middle = 2 ** (format.bits - 1)
+    codes, scales, offsets, rounded = blocks.codes, blocks.scales, blocks.offsets, blocks.rounded
+    if offsets is None and format.offsets:
+        offsets = np.zeros_like(scales)
+    zeros = blocks.zeros
+    if zeros is not None and not format.zeros:
+        assert offsets is not None
+        offsets, zeros = offsets + scales * (np.float32(middle) - zeros.astype(np.float32)), None
+    mirrored = scales < 0
+    if format.positive and mirrored.any():
+        assert zeros is None
+        by_block = codes.reshape(*scales.shape, -1)
+        if offsets is None:
+            rounded += int(np.count_nonzero(mirrored & (by_block == 0).any(axis=-1)))
+            mirror = np.minimum(2 * middle - by_block.astype(np.int16), 2 * middle - 1).astype(np.uint8)
+        else:
+            offsets = np.where(mirrored, offsets - scales, offsets)
+            mirror = np.uint8(2 * middle - 1) - by_block
+        codes = np.where(mirrored[..., None], mirror, by_block).reshape(codes.shape)
+        scales = np.abs(scales)
+    return _above_zero(Blocks(format, codes, scales, zeros, offsets, rounded))
 
 
 def blocks_of(tensor: SourceTensor, format: Format) -> Reader:
     """How rows of `tensor` become blocks of `format`: the checkpoint's own codes where it has them, else
     round-to-nearest.
     """
-    if tensor.blocks is not None and tensor.keeps_own(format):
-        return tensor.blocks
-    return lambda start, stop: quantise(tensor.read(start, stop), format)
+    if tensor.blocks is None or not tensor.keeps_own(format):
+        largest = tensor.largest if format.tensor_scale else 0.0
+        return lambda start, stop: quantise(tensor.read(start, stop), format, largest)
+    own = tensor.blocks
+    return own if format == tensor.format else lambda start, stop: converted(own(start, stop), format)
 
 
 def stored_values(tensor: SourceTensor, format: Format, start: int, stop: int, scale_dtype: npt.DTypeLike) -> Float32:
@@ -103,6 +171,15 @@ def stored_values(tensor: SourceTensor, format: Format, start: int, stop: int, s
     rows = tensor.read(start, stop)
     return rows if format == FP32 else to_dense(rows, format).astype(np.float32)
 
+
+_CODED: Mapping[Coding, npt.DTypeLike] = {"fp8": ml_dtypes.float8_e4m3fn, "fp4": ml_dtypes.float4_e2m1fn}
+MOST: Mapping[Coding, float] = {coding: float(ml_dtypes.finfo(dtype).max) for coding, dtype in _CODED.items()}
+"""The largest number that a code of each kind stands for."""
+
+_NUMBERS: Mapping[Coding, Float32] = {
+    "fp8": np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32),
+    "fp4": np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32),
+}
 
 DENSE: Mapping[Format, np.dtype[np.generic]] = {
     FP32: np.dtype(np.float32),

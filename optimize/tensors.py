@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,9 @@ Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 UInt8 = npt.NDArray[np.uint8]
 
+_STEP = 1 << 19
+"""Values that are looked at together."""
+
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
@@ -21,6 +25,8 @@ class Blocks:
 
     codes: uint8 [rows, columns], each in [0, 2**bits), columns padded to whole blocks; scales: float32 [rows, blocks];
     zeros: uint8 [rows, blocks], or None where all are 2**(bits - 1); offsets: float32 [rows, blocks], or None.
+    Where the format codes floating-point numbers, codes are their bits, and nothing is subtracted.
+    unit: what the scales are multiples of (NVFP4), else 1: a code is worth `float32(scales * unit)`.
     rounded: blocks that are not exactly those of the checkpoint, whose offset float32 cannot hold.
     """
 
@@ -30,6 +36,7 @@ class Blocks:
     zeros: UInt8 | None = None
     offsets: Float32 | None = None
     rounded: int = 0
+    unit: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +63,20 @@ class SourceTensor:
 
     def keeps_own(self, format: Format) -> bool:
         """Whether storing this tensor in `format` takes over the checkpoint's own codes."""
-        return self.blocks is not None and format == self.format
+        return self.blocks is not None and format.takes_codes_of(self.format)
+
+    @cached_property
+    def largest(self) -> float:
+        """The largest finite magnitude in it; the first time, all rows are read."""
+        step = max(1, _STEP // int(np.prod(self.shape[1:])))
+        return max(self._largest(start, min(self.shape[0], start + step)) for start in range(0, self.shape[0], step))
+
+    def _largest(self, start: int, stop: int) -> float:
+        rows = self.read(start, stop)
+        lowest, highest = rows.min(), rows.max()
+        if np.isfinite(lowest) and np.isfinite(highest):
+            return float(max(-lowest, highest))
+        return float(np.abs(rows[np.isfinite(rows)]).max(initial=0.0))
 
     def order_in(self, format: Format) -> Int64 | None:
         """The order in which `format` stores the columns; None for their natural one."""

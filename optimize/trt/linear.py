@@ -119,16 +119,17 @@ class _Lowering:
             return self._as_activation(record("DequantizeLinear", codes, scales, axis=1))
         shape = [format.blocks(self._columns), self._stored_rows]
         assert shape[0] * format.block == self._columns, f"{self._name} has {self._columns} columns"
-        blocks = {"axis": 0, "block_size": format.block}
         if not format.tensor_scale:
-            return record("DequantizeLinear", codes, self._store("scales", shape, self._scale_dtype), **blocks)
+            scales = self._store("scales", shape, self._scale_dtype)
+            return record("DequantizeLinear", codes, scales, axis=0, block_size=format.block)
         # In float32 up to one Cast, as float16 could not tell the scales of small blocks apart.
         scales = record(
             "DequantizeLinear",
             self._store("scales", shape, ir.DataType.FLOAT8E4M3FN),
             self._store("global", [], ir.DataType.FLOAT),
         )
-        return self._as_activation(record("DequantizeLinear", codes, scales, **blocks), ir.DataType.FLOAT)
+        values = record("DequantizeLinear", codes, scales, axis=0, block_size=format.block)
+        return self._as_activation(values, ir.DataType.FLOAT)
 
     def _shifted(self, product: ir.Value, x: ir.Value) -> ir.Value:
         """x @ (offset of each block) = (sum of x over each block) @ offsets: exact, and a small part of the work."""
