@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .formats import BLOCK, EMBEDDING, FP16, FP32, HEAD, INT8, Format, precision_format
+from .formats import EMBEDDING, FP32, HEAD, Format, precision_format
+from .policy import ORT, Policy
 from .tensors import Int64, SourceTensor
 
 
 def plan_formats(
-    tensors: Mapping[str, SourceTensor], precision: str | None, head: str | None = None
+    tensors: Mapping[str, SourceTensor], precision: str | None, head: str | None = None, policy: Policy = ORT
 ) -> dict[str, Format]:
-    """Decide the stored format of every tensor; `precision` None keeps what the checkpoint has.
+    """Decide the stored format of every tensor; `precision` None keeps what the checkpoint has, as far as `policy` can.
 
     head: a precision of the head alone, also where it is the embedding too; None for that of all. Vectors (norms,
     biases) stay in full precision: they are read once a token and weigh nothing. An embedding of its own (not tied to
     the head) is never below 8 bits: no sum over it averages its error away. Rows that are no multiple of the block
-    cannot be gathered in blocks, such an embedding is stored as fp16.
+    cannot be gathered in blocks, such an embedding is stored as fp16. Raises UsageError for a precision that `policy`
+    lacks.
     """
     tied, head_name = HEAD not in tensors, head_of(tensors)
 
@@ -24,14 +26,13 @@ def plan_formats(
         if len(tensor.shape) == 1:
             return FP32
         asked = head if head is not None and tensor.name == head_name else precision
+        columns = tensor.shape[1]
         if asked is None:
-            return tensor.format
-        chosen = precision_format(asked)
-        if tensor.name == EMBEDDING and chosen.quantised:
-            if tensor.shape[1] % BLOCK:
-                return FP16
-            return chosen if tied else INT8
-        return chosen
+            return policy.own(tensor.format, columns)
+        chosen = precision_format(asked, policy.precisions)
+        if tensor.name == EMBEDDING:
+            return policy.embedding(chosen, columns, tied=tied)
+        return policy.projection(chosen, columns)
 
     return {name: decide(tensor) for name, tensor in tensors.items()}
 
