@@ -42,7 +42,7 @@ def import_module(name: str) -> Any:
 def make_logger(module: Any) -> Any:
     """A logger whose `messages` are the warnings and errors of late, instead of lines on stderr."""
 
-    class Logger(module.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(module.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             module.ILogger.__init__(self)
             self.messages: list[str] = []

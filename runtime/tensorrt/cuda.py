@@ -125,7 +125,7 @@ class Cuda:
         address = int(self._call(f"pin {size(count)} of memory", "cudaHostAlloc", count, flags))
         self._held[address] = ("cudaFreeHost", address)
         memory = (ctypes.c_byte * count).from_address(address)
-        array: npt.NDArray[Any] = np.frombuffer(memory, kind, math.prod(shape)).reshape(shape)
+        array: npt.NDArray[Any] = np.frombuffer(memoryview(memory), kind, math.prod(shape)).reshape(shape)
         array[...] = 0
         return array
 
