@@ -1,17 +1,17 @@
 """The little of model.onnx that a device needs to know, read from its protobuf bytes without the onnx package.
 
-Wire format: protobuf.dev/programming-guides/encoding; field numbers: onnx.proto of ONNX 1.16 and later.
+Field numbers: onnx.proto of ONNX 1.16 and later.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import LlamaExportError
 from .bundle import DATA_FILE, GRAPH_FILE
+from .protobuf import Field, fields_of, messages_of, packed_of, text_of
 
 _MODEL_GRAPH = 7
 _GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
@@ -39,16 +39,6 @@ class Initializer:
     size: int
 
 
-@dataclass(frozen=True)
-class _Field:
-    """One field of a message: its number, and either a varint at [start, stop) or bytes there."""
-
-    number: int
-    varint: int | None
-    start: int
-    stop: int
-
-
 def external_initializers(model: bytes, data_size: int) -> dict[str, Initializer]:
     """The initializers of a serialized ModelProto that lie in model.onnx.data, which has `data_size` bytes.
 
@@ -56,8 +46,8 @@ def external_initializers(model: bytes, data_size: int) -> dict[str, Initializer
     shape says, and when any other tensor (of a constant, an inner graph, a function) lies outside of the model.
     """
     found = {}
-    for graph in _messages(model, 0, len(model), _MODEL_GRAPH):
-        for field in _messages(model, graph.start, graph.stop, _GRAPH_INITIALIZER):
+    for graph in messages_of(model, 0, len(model), _MODEL_GRAPH):
+        for field in messages_of(model, graph.start, graph.stop, _GRAPH_INITIALIZER):
             initializer = _initializer(model, field, data_size)
             if initializer is not None:
                 found[initializer.name] = initializer
@@ -71,10 +61,10 @@ def external_initializers(model: bytes, data_size: int) -> dict[str, Initializer
 def with_accuracy_level(model: bytes, level: int) -> bytes:
     """The same graph with `accuracy_level` of every MatMulNBits set: 0 computes in the inputs' own precision."""
     changed = bytearray(model)
-    for graph in _messages(model, 0, len(model), _MODEL_GRAPH):
-        for node in _messages(model, graph.start, graph.stop, _GRAPH_NODE):
-            for attribute in _messages(model, node.start, node.stop, _NODE_ATTRIBUTE):
-                fields = {field.number: field for field in _fields(model, attribute.start, attribute.stop)}
+    for graph in messages_of(model, 0, len(model), _MODEL_GRAPH):
+        for node in messages_of(model, graph.start, graph.stop, _GRAPH_NODE):
+            for attribute in messages_of(model, node.start, node.stop, _NODE_ATTRIBUTE):
+                fields = {field.number: field for field in fields_of(model, attribute.start, attribute.stop)}
                 name, number = fields.get(_ATTRIBUTE_NAME), fields.get(_ATTRIBUTE_INT)
                 if name is None or number is None or model[name.start : name.stop] != b"accuracy_level":
                     continue
@@ -84,19 +74,19 @@ def with_accuracy_level(model: bytes, level: int) -> bytes:
     return bytes(changed)
 
 
-def _initializer(model: bytes, tensor: _Field, data_size: int) -> Initializer | None:
+def _initializer(model: bytes, tensor: Field, data_size: int) -> Initializer | None:
     name, type_number, dims, external, outside = "", 0, [], {}, False
-    for field in _fields(model, tensor.start, tensor.stop):
+    for field in fields_of(model, tensor.start, tensor.stop):
         if field.number == _TENSOR_NAME:
-            name = _text(model, field)
+            name = text_of(model, field)
         elif field.number == _TENSOR_TYPE:
             type_number = field.varint or 0
         elif field.number == _TENSOR_DIMS:
-            dims += [field.varint] if field.varint is not None else list(_packed(model, field))
+            dims += [field.varint] if field.varint is not None else list(packed_of(model, field))
         elif field.number == _TENSOR_LOCATION:
             outside = field.varint == 1
         elif field.number == _TENSOR_EXTERNAL:
-            entry = {part.number: _text(model, part) for part in _fields(model, field.start, field.stop)}
+            entry = {part.number: text_of(model, part) for part in fields_of(model, field.start, field.stop)}
             external[entry.get(_ENTRY_KEY, "")] = entry.get(_ENTRY_VALUE, "")
     if not outside and not external:
         return None
@@ -115,49 +105,3 @@ def _initializer(model: bytes, tensor: _Field, data_size: int) -> Initializer | 
             f"shape {dims[:_MOST_DIMENSIONS]} or the {data_size} bytes of {DATA_FILE}; copy or build the bundle again."
         )
     return Initializer(name, dtype, tuple(dims), offset, size)
-
-
-def _messages(data: bytes, start: int, stop: int, number: int) -> Iterator[_Field]:
-    return (field for field in _fields(data, start, stop) if field.number == number and field.varint is None)
-
-
-def _fields(data: bytes, start: int, stop: int) -> Iterator[_Field]:
-    """The fields of the message at [start, stop); LlamaExportError when the bytes are none."""
-    while start < stop:
-        key, start = _varint(data, start, stop)
-        number, wire = key >> 3, key & 7
-        value = None
-        if wire == 0:
-            value, end = _varint(data, start, stop)
-        elif wire == 2:
-            length, start = _varint(data, start, stop)
-            end = start + length
-        elif wire in (1, 5):
-            end = start + (8 if wire == 1 else 4)
-        else:
-            end = stop + 1
-        if end > stop:
-            raise LlamaExportError(f"{GRAPH_FILE} is damaged (not a valid protobuf); copy or build the bundle again.")
-        yield _Field(number, value, start, end)
-        start = end
-
-
-def _varint(data: bytes, start: int, stop: int) -> tuple[int, int]:
-    value, shift = 0, 0
-    for index in range(start, min(stop, start + 10)):
-        value |= (data[index] & 0x7F) << shift
-        if data[index] < 0x80:
-            return value, index + 1
-        shift += 7
-    raise LlamaExportError(f"{GRAPH_FILE} is damaged (a number has no end); copy or build the bundle again.")
-
-
-def _packed(data: bytes, field: _Field) -> Iterator[int]:
-    at = field.start
-    while at < field.stop:
-        value, at = _varint(data, at, field.stop)
-        yield value
-
-
-def _text(data: bytes, field: _Field) -> str:
-    return data[field.start : field.stop].decode(errors="replace")

@@ -6,21 +6,25 @@ so the places of all weights are read here first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import LlamaExportError
 from .adapters import adapter_inputs
 from .bundle import CPU_PROVIDER, CUDA_PROVIDER, DATA_FILE, GRAPH_FILE, Bundle, Manifest, Shape, refuse_escape
-from .onnx_file import Initializer, external_initializers
+from .cpu_graph import for_cpu
+from .onnx_file import Initializer, external_initializers, with_accuracy_level
+from .recipe import IDS, KEPT, POSITIONS
 from .requirements import require, require_python
 
-DIALECT = "ort"
 DEVICES = {CPU_PROVIDER: "cpu", CUDA_PROVIDER: "cuda"}
 """Where each execution provider has its memory."""
 
 PAST, PRESENT = "past_key_values.", "present."
 """What stands before a name of the cache, as an input and as an output of the graph."""
+
+LEAST: Mapping[str, str] = {"ort": "1.23.2", "trt": "1.25.0", "trt-primitive": "1.23.2"}
+"""The oldest onnxruntime that runs each dialect: TensorScatter of opset 24 came with 1.25.0."""
 
 _MAX_GRAPH_BYTES = 256 << 20
 _SILENT = 4  # ONNX Runtime's severity "fatal": its errors arrive as exceptions, its warnings are for builders
@@ -34,13 +38,9 @@ def cache_names(shape: Shape) -> tuple[str, ...]:
 def import_onnxruntime(manifest: Manifest) -> Any:
     """Import onnxruntime for a bundle.
 
-    Raises LlamaExportError unless the graph is of the dialect that it runs, this Python and this onnxruntime are new
-    enough, and it has the provider that the bundle asks for.
+    Raises LlamaExportError unless this Python and this onnxruntime are new enough, and it has the provider that the
+    bundle asks for.
     """
-    if manifest.dialect != DIALECT:
-        raise LlamaExportError(
-            f"ONNX Runtime runs bundles of the dialect {DIALECT!r}, but this one is {manifest.dialect!r}."
-        )
     require_python(manifest.minimum.get("python"))
     if manifest.provider not in DEVICES:
         raise LlamaExportError(f"This bundle asks for {manifest.provider}, but only {', '.join(DEVICES)} can be used.")
@@ -60,7 +60,8 @@ def import_onnxruntime(manifest: Manifest) -> Any:
             "`llama-export doctor` says how to mend it."
         ) from error
     remedy = "upgrade it with `pip install --upgrade onnxruntime`"
-    require("onnxruntime", version, manifest.minimum.get("onnxruntime"), remedy)
+    for least in (manifest.minimum.get("onnxruntime"), LEAST[manifest.dialect]):
+        require("onnxruntime", version, least, remedy)
     if manifest.provider not in available:
         raise LlamaExportError(
             f"This bundle needs {manifest.provider}, but onnxruntime {version} here has {', '.join(available)}; "
@@ -74,19 +75,27 @@ def engine_name(ort: Any, manifest: Manifest) -> str:
     return f"onnxruntime {ort.__version__} {DEVICES[manifest.provider]}"
 
 
-def open_session(bundle: Bundle, graph: bytes, threads: int) -> Any:
+def open_session(bundle: Bundle, graph: bytes, threads: int, *, exact: bool = False) -> Any:
     """Load `graph`, the bundle's own or another one for the same weights, and return its session.
 
-    Raises LlamaExportError as `import_onnxruntime` does, when a weight lies outside of the bundle's data file, and
-    when ONNX Runtime cannot load the graph or its inputs do not fit the manifest.
+    exact: with kernels that compute in full precision, instead of those that ship. A graph for TensorRT is changed in
+    memory where this processor needs it, see `cpu_graph`. Raises LlamaExportError as `import_onnxruntime` does, when a
+    weight lies outside of the bundle's data file, and when ONNX Runtime cannot load the graph or its inputs do not fit
+    the manifest.
     """
     ort, provider = import_onnxruntime(bundle.manifest), bundle.manifest.provider
-    weight_places(bundle, graph)
+    weights = weight_places(bundle, graph)
+    if bundle.manifest.dialect != "ort":
+        graph = for_cpu(graph, weights, exact=exact)
+    elif exact:
+        graph = with_accuracy_level(graph, 0)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = _SILENT
+    # Of the products that ONNX Runtime itself makes of DequantizeLinear and MatMul; 4 is its own default.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0" if exact else "4")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
     try:
         session = ort.InferenceSession(graph, options, providers=list(bundle.manifest.providers) or [provider])
@@ -128,18 +137,24 @@ def one_sentence(ort: Any, what: str, error: Exception) -> LlamaExportError:
     return LlamaExportError(f"onnxruntime {ort.__version__} {what}: {lines[0][:400]}")
 
 
+def _inputs(manifest: Manifest) -> dict[str, tuple[int | None, ...]]:
+    """The inputs of a graph of the manifest's dialect, with their shapes, None where a size is free."""
+    shape, rows = manifest.shape, (None, None)
+    first: dict[str, tuple[int | None, ...]] = (
+        {"input_ids": rows, "attention_mask": rows, "logits_to_keep": (1,)}
+        if manifest.dialect == "ort"
+        else {IDS: rows, POSITIONS: rows, KEPT: rows}
+    )
+    length = manifest.limits.context if manifest.dialect == "trt" else None
+    cache = (None, shape.kv_heads, length, shape.head_dim)
+    return {**first, **{PAST + name: cache for name in cache_names(shape)}}
+
+
 def _check_signature(session: Any, manifest: Manifest) -> None:
-    """Raise LlamaExportError unless the graph has the inputs of the `ort` dialect in the manifest's sizes; those of
-    adapters are checked with each adapter.
+    """Raise LlamaExportError unless the graph has the inputs of its dialect in the manifest's sizes; those of adapters
+    are checked with each adapter.
     """
-    shape = manifest.shape
-    cache = (None, shape.kv_heads, None, shape.head_dim)
-    expected: dict[str, tuple[int | None, ...]] = {
-        "input_ids": (None, None),
-        "attention_mask": (None, None),
-        "logits_to_keep": (1,),
-        **{PAST + name: cache for name in cache_names(shape)},
-    }
+    expected = _inputs(manifest)
     found = {value.name: value.shape for value in (*session.get_inputs(), *session.get_overridable_initializers())}
     if manifest.choices:
         slots = adapter_inputs(session)

@@ -208,7 +208,6 @@ def test_a_graph_that_does_not_fit_its_manifest(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dialect": "trt"}, "dialect 'ort', but this one is 'trt'"),
         ({"minimum": {"python": "9.9"}}, r"needs Python 9\.9 or newer"),
         ({"minimum": {"onnxruntime": "99.1"}}, r"needs onnxruntime 99\.1 or newer, but here is .*; upgrade"),
         ({"providers": ("CUDAExecutionProvider",)}, r"needs CUDAExecutionProvider.*llama-export\[gpu\]"),

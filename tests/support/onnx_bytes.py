@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-ELEMENT_TYPES = {"float32": 1, "int32": 6, "int64": 7, "float16": 10}
+ELEMENT_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "int4": 22}
+
+Attribute = int | float | str | Sequence[int]
 
 
 def varint(value: int) -> bytes:
@@ -36,12 +38,15 @@ def blocks(field: int, values: Iterable[bytes | str]) -> bytes:
     return b"".join(block(field, value) for value in values)
 
 
-def attribute(name: str, value: int | float) -> bytes:
-    body = (
-        number(3, value) + number(20, 2)
-        if isinstance(value, int)
-        else varint(21) + struct.pack("<f", value) + number(20, 1)
-    )
+def attribute(name: str, value: Attribute) -> bytes:
+    if isinstance(value, int):
+        body = number(3, value) + number(20, 2)
+    elif isinstance(value, float):
+        body = varint(21) + struct.pack("<f", value) + number(20, 1)
+    elif isinstance(value, str):
+        body = block(4, value) + number(20, 3)
+    else:
+        body = b"".join(number(8, item) for item in value) + number(20, 7)
     return block(1, name) + body
 
 
@@ -51,7 +56,7 @@ def node(
     outputs: Sequence[str],
     *,
     domain: str = "",
-    attributes: Mapping[str, int | float] | None = None,
+    attributes: Mapping[str, Attribute] | None = None,
 ) -> bytes:
     attrs = (attribute(name, value) for name, value in (attributes or {}).items())
     return (
@@ -64,9 +69,14 @@ def node(
     )
 
 
-def tensor(name: str, array: np.ndarray[Any, Any], external: tuple[str, int] | None = None) -> bytes:
-    """`external`: file name and offset of the bytes, which then are not part of the message."""
-    head = b"".join(number(1, dim) for dim in array.shape) + number(2, ELEMENT_TYPES[array.dtype.name]) + block(8, name)
+def tensor(
+    name: str, array: np.ndarray[Any, Any], external: tuple[str, int] | None = None, *, packed: Sequence[int] = ()
+) -> bytes:
+    """external: file name and offset of the bytes, which then are not part of the message. packed: the shape of int4
+    whose bytes `array` holds.
+    """
+    dtype = "int4" if packed else array.dtype.name
+    head = b"".join(number(1, dim) for dim in packed or array.shape) + number(2, ELEMENT_TYPES[dtype]) + block(8, name)
     if external is None:
         return head + block(9, array.tobytes())
     entries = {"location": external[0], "offset": str(external[1]), "length": str(array.nbytes)}
@@ -79,8 +89,14 @@ def value_info(name: str, dtype: str, dims: Sequence[int | str]) -> bytes:
 
 
 def model(
-    nodes: Iterable[bytes], initializers: Iterable[bytes], inputs: Iterable[bytes], outputs: Iterable[bytes]
+    nodes: Iterable[bytes],
+    initializers: Iterable[bytes],
+    inputs: Iterable[bytes],
+    outputs: Iterable[bytes],
+    opset: int = 21,
 ) -> bytes:
     graph = blocks(1, nodes) + block(2, "tiny") + blocks(5, initializers) + blocks(11, inputs) + blocks(12, outputs)
-    opsets = blocks(8, (block(1, domain) + number(2, version) for domain, version in (("", 21), ("com.microsoft", 1))))
-    return number(1, 10) + block(7, graph) + opsets
+    opsets = blocks(
+        8, (block(1, domain) + number(2, version) for domain, version in (("", opset), ("com.microsoft", 1)))
+    )
+    return number(1, 11 if opset > 23 else 10) + block(7, graph) + opsets

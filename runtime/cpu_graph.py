@@ -1,0 +1,90 @@
+"""Changes to a TensorRT dialect's graph, in memory, so that ONNX Runtime's CPU runs it at a bearable speed and, for the
+proof, in full precision. None changes a value that the graph computes, but for the roundings that `exact` leaves out.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from .onnx_file import Initializer
+from .onnx_nodes import Node, read_nodes, with_nodes
+
+_MICROSOFT = "com.microsoft"
+_OPSETS = {_MICROSOFT: 1}
+
+Pass = Callable[[Sequence[Node], Mapping[str, Initializer]], Iterable[Node]]
+
+
+def for_cpu(graph: bytes, weights: Mapping[str, Initializer], *, exact: bool) -> bytes:
+    """The graph as it runs best on this processor; the same bytes where nothing is to be changed.
+
+    weights: the initializers that lie in the data file. exact: without the quantisation of activations.
+    """
+    before = read_nodes(graph)
+    nodes: Sequence[Node] = before
+    passes: tuple[Pass, ...] = (rows_before_values, plain_activations) if exact else (rows_before_values,)
+    for change in passes:
+        nodes = list(change(nodes, weights))
+    return graph if nodes == before else with_nodes(graph, nodes, _OPSETS)
+
+
+def rows_before_values(nodes: Sequence[Node], weights: Mapping[str, Initializer]) -> Iterable[Node]:
+    """Dequantise the rows that an embedding looks up instead of the whole table, which takes seconds a token."""
+    uses = _uses(nodes)
+    tables = {
+        node.outputs[0]: node
+        for node in nodes
+        if node.op == "DequantizeLinear" and node.inputs[0] in weights and _only_looked_up(uses[node.outputs[0]])
+    }
+    for node in nodes:
+        table = tables.get(node.inputs[0]) if node.op == "Gather" else None
+        if table is not None:
+            yield from _looked_up(node, table, weights)
+        elif not node.outputs or node.outputs[0] not in tables:
+            yield node
+
+
+def plain_activations(nodes: Sequence[Node], weights: Mapping[str, Initializer]) -> Iterable[Node]:
+    """Leave activations as they are where the graph rounds them to 8 bits and back."""
+    uses = _uses(nodes)
+    rounded = {node.outputs[0]: node for node in nodes if node.op == "QuantizeLinear"}
+    for node in nodes:
+        source = rounded.get(node.inputs[0]) if node.op == "DequantizeLinear" else None
+        if source is not None:
+            yield Node("Identity", (source.inputs[0],), node.outputs)
+        elif node.op != "QuantizeLinear" or any(use.op != "DequantizeLinear" for use in uses[node.outputs[0]]):
+            yield node
+
+
+def _uses(nodes: Sequence[Node]) -> dict[str, list[Node]]:
+    """The nodes that take each value."""
+    uses: dict[str, list[Node]] = defaultdict(list)
+    for node in nodes:
+        for name in node.inputs:
+            uses[name].append(node)
+    return uses
+
+
+def _only_looked_up(uses: Sequence[Node]) -> bool:
+    return bool(uses) and all(use.op == "Gather" and use.attributes.get("axis", 0) == 0 for use in uses)
+
+
+def _looked_up(gather: Node, table: Node, weights: Mapping[str, Initializer]) -> Iterable[Node]:
+    """The rows of a quantised table: by one kernel where there is one for its codes, else rows of codes and of scales.
+
+    GatherBlockQuantized takes 4-bit codes in blocks (ONNX Runtime, docs/ContribOperators.md).
+    """
+    indices, codes = gather.inputs[1], weights[table.inputs[0]]
+    block = table.attributes.get("block_size", 0)
+    if codes.dtype in ("int4", "uint4") and block:
+        attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": block}
+        inputs = (codes.name, indices, *table.inputs[1:])
+        yield Node("GatherBlockQuantized", inputs, gather.outputs, _MICROSOFT, attributes)
+        return
+    rows = []
+    for role, name in zip(("codes", "scales", "zeros"), table.inputs, strict=False):
+        rows.append(f"{gather.outputs[0]}.{role}")
+        yield Node("Gather", (name, indices), (rows[-1],), attributes={"axis": 0})
+    # [batch, sequence, columns]: the columns, which were axis 1, are axis 2 now
+    yield Node("DequantizeLinear", tuple(rows), gather.outputs, attributes={"axis": 2, "block_size": block})
