@@ -120,14 +120,15 @@ def verify(bundle: Path, no_hash: bool, threads: int | None, json_file: Path | N
 def targets(name: str | None, as_json: bool) -> None:
     """List the targets, or show one with the source of every fact."""
     from .targets import listing
+    from .targets.choice import choose
     from .targets.devices import load_target
 
+    found = [choose(load_target(name))] if name else listing.all_targets()
     if as_json:
-        found = [load_target(name)] if name else listing.all_targets()
         facts = [listing.to_json(target) for target in found]
         click.echo(json.dumps(facts[0] if name else facts, indent=2))
     else:
-        echo_lines(listing.detail_lines(load_target(name)) if name else listing.table_lines(listing.all_targets()))
+        echo_lines(listing.detail_lines(found[0]) if name else listing.table_lines(found))
 
 
 @main.command()

@@ -7,7 +7,8 @@ has the same keys, and may begin with `base = "NAME"` to change only some facts 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +17,7 @@ from typing import Any
 from ..errors import LlamaExportError, UsageError, did_you_mean
 from ..runtime.bundle import CPU_PROVIDER, CUDA_PROVIDER
 from .jetpack import JETPACKS, JetPack
-from .names import BACKENDS, PRECISIONS
+from .names import BACKENDS, ONNXRUNTIME, PRECISIONS
 from .schema import check_facts, field_names
 from .toml_file import read_toml
 
@@ -27,6 +28,7 @@ KINDS = ("cpu", "gpu", "jetson", "spark")
 NATIVE_FORMATS = ("fp32", "fp16", "bf16", "int8", "int4", "fp8", "nvfp4")
 PROVIDERS = (CPU_PROVIDER, CUDA_PROVIDER)
 ASSUMPTION = "assumption"
+_CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Target:
     shared_memory: CPU and GPU use the same memory, so the page cache competes with the weights.
     native_formats: what the device computes in or, for int4, reads weights in.
     providers: of ONNX Runtime, in the order of preference, for bundles that it runs.
-    device_tree: what stands in a Jetson's /proc/device-tree/model.
+    device_tree: what stands in a Jetson's /proc/device-tree/model. gpu_names: what nvidia-smi calls a card.
     sources: for each fact where it is from; one that begins with "assumption" is not from the vendor.
     """
 
@@ -69,6 +71,7 @@ class Target:
     jetpack: str | None = None
     jetpacks: tuple[str, ...] = ()
     device_tree: str | None = None
+    gpu_names: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
@@ -166,21 +169,33 @@ def _peak(entry: Any, path: Path) -> Peak:
 
 def _check_together(target: Target, path: Path) -> None:
     """Refuse facts that contradict each other."""
-    contradictions = {
-        f"backend {target.backend!r} is not among the backends {list(target.backends)}": (
-            target.backend not in target.backends
-        ),
-        f"reserve_gb {target.reserve_gb} must be at least 0 and below memory_gb {target.memory_gb}": (
-            not 0 <= target.reserve_gb < target.memory_gb
-        ),
-        f"providers must end with {CPU_PROVIDER!r}, which runs what the others cannot": (
-            target.providers[-1:] != (CPU_PROVIDER,)
-        ),
-        f"jetpack {target.jetpack!r} is not among the jetpacks {list(target.jetpacks)}": (
-            target.jetpack is not None and target.jetpack not in target.jetpacks
-        ),
-        "a jetson needs the key 'jetpack'": target.kind == "jetson" and target.jetpack is None,
-    }
-    for sentence, holds in contradictions.items():
-        if holds:
-            raise LlamaExportError(f"{path}: {sentence}.")
+    for sentence in _contradictions(target):
+        raise LlamaExportError(f"{path}: {sentence}.")
+
+
+def _contradictions(target: Target) -> Iterator[str]:
+    if target.backend not in target.backends:
+        yield f"backend {target.backend!r} is not among the backends {list(target.backends)}"
+    if not 0 <= target.reserve_gb < target.memory_gb:
+        yield f"reserve_gb {target.reserve_gb} must be at least 0 and below memory_gb {target.memory_gb}"
+    if target.providers[-1:] != (CPU_PROVIDER,):
+        yield f"providers must end with {CPU_PROVIDER!r}, which runs what the others cannot"
+    speeds = {"bandwidth_gbs": target.bandwidth_gbs, "boost_bandwidth_gbs": target.boost_bandwidth_gbs}
+    for key, speed in (*speeds.items(), *(("tops of peak", peak.tops) for peak in target.peak)):
+        if speed == 0:
+            yield f"{key} is 0, but it must be above; leave it out where it is not known"
+    for capability in target.compute_capability:
+        if not _CAPABILITY.fullmatch(capability):
+            yield f"compute_capability has {capability!r}, but it must be a number such as '8.7'"
+    if target.backends != (ONNXRUNTIME,) and not target.compute_capability:
+        yield f"the key 'compute_capability' is missing, which engines for {target.backend} need"
+    yield from _jetpack_contradictions(target)
+
+
+def _jetpack_contradictions(target: Target) -> Iterator[str]:
+    if target.kind == "jetson" and target.jetpack is None:
+        yield f"a jetson needs the key 'jetpack', one of {', '.join(JETPACKS)}"
+    if target.kind != "jetson" and (target.jetpack is not None or target.jetpacks):
+        yield f"jetpack and jetpacks are for the kind 'jetson', not {target.kind!r}"
+    if target.jetpack is not None and target.jetpack not in target.jetpacks:
+        yield f"jetpack {target.jetpack!r} is not among the jetpacks {list(target.jetpacks)}"

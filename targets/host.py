@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import re
@@ -11,8 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
+from .choice import with_possible_precision
 from .devices import CATALOGUE, GB, Target, load_target
 from .jetpack import JetPack, jetpack_of_l4t
+from .names import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
+from .tensorrt import NEWEST_RTX, RELEASES, has_engines
 
 # Instructions that decide how fast int8 and int4 kernels are; the names are those of /proc/cpuinfo.
 NOTABLE_FLAGS = {
@@ -28,6 +32,9 @@ NOTABLE_FLAGS = {
 NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,memory.total,compute_cap,driver_version", "--format=csv,noheader,nounits")
 ROOT = Path("/")
 GPU_RESERVE_GB = 1.0
+RTX_CAPABILITIES = ("8.6", "8.9", "12.0", "12.1")
+"""GPUs that TensorRT-RTX is preferred for where ONNX Runtime is installed too: those for workstations and gaming."""
+
 RESERVE_SHARE, RESERVE_LIMITS_GB = 0.25, (0.5, 2.0)
 
 
@@ -87,28 +94,32 @@ def read_machine() -> Machine:
 def host_target(machine: Machine | None = None) -> Target:
     """This machine as a target named `host`: a Jetson, a computer with an NVIDIA GPU, or a computer.
 
-    A GPU counts only where onnxruntime-gpu is installed, since ONNX Runtime is what runs the bundle.
+    A GPU counts only where something is installed that runs a bundle on it; `sources["backend"]` says why which.
     """
     machine = read_machine() if machine is None else machine
     if machine.jetson is not None:
         return _jetson_target(machine, machine.jetson)
-    if machine.gpus and _has_onnxruntime_gpu():
+    if machine.gpus:
         return _gpu_target(machine, machine.gpus[0])
-    return _with_memory(
-        load_target("cpu"), f"This machine: {machine.cpu}", machine.memory_bytes / GB, _reserve_gb(machine)
-    )
+    return _cpu_target(machine, machine.cpu, "no NVIDIA GPU was found here")
 
 
-def _with_memory(base: Target, title: str, memory_gb: float, reserve_gb: float) -> Target:
-    memory_gb = round(memory_gb, 1)
-    sources = {**base.sources, "memory_gb": "read from this machine", "reserve_gb": "assumption: for the system"}
+def _cpu_target(machine: Machine, title: str, reason: str) -> Target:
+    memory_gb = machine.memory_bytes / GB
+    return _here(load_target("cpu"), title, memory_gb, _reserve_gb(machine), backend=ONNXRUNTIME, reason=reason)
+
+
+def _here(base: Target, title: str, memory_gb: float, reserve_gb: float, *, backend: str, reason: str) -> Target:
+    """`base` with what was read from this machine."""
+    own = {"memory_gb": "read from this machine", "reserve_gb": "assumption: for the system", "backend": reason}
     return replace(
         base,
         name="host",
-        title=title,
-        memory_gb=memory_gb,
+        title=f"This machine: {title}",
+        memory_gb=round(memory_gb, 1),
         reserve_gb=round(reserve_gb, 1),
-        sources=MappingProxyType(sources),
+        backend=backend,
+        sources=MappingProxyType({**base.sources, **own}),
     )
 
 
@@ -118,14 +129,52 @@ def _reserve_gb(machine: Machine) -> float:
 
 
 def _gpu_target(machine: Machine, gpu: Gpu) -> Target:
+    """A catalogue card of this name, or any card with what is known of it; the CPU where nothing runs on the card."""
+    found = _gpu_backend(gpu)
+    if found is None:
+        reason = f"{gpu.name} is here, but nothing is installed that runs bundles on it: see `llama-export doctor`"
+        return _cpu_target(machine, machine.cpu, reason)
+    backend, reason = found
     own = gpu.memory_gb is not None
     memory_gb = gpu.memory_gb if gpu.memory_gb is not None else machine.memory_bytes / GB
-    reserve_gb = GPU_RESERVE_GB if own else _reserve_gb(machine)
-    target = _with_memory(load_target("cuda"), f"This machine: {gpu.name}", memory_gb, reserve_gb)
-    sources = {**target.sources, "compute_capability": "read from this machine"}
-    return replace(
-        target, compute_capability=(gpu.compute_capability,), shared_memory=not own, sources=MappingProxyType(sources)
+    base = _card(gpu) or load_target("rtx" if backend == TENSORRT_RTX else "cuda")
+    target = _here(
+        base,
+        gpu.name,
+        memory_gb,
+        GPU_RESERVE_GB if own else _reserve_gb(machine),
+        backend=backend,
+        reason=reason,
     )
+    sources = {**target.sources, "compute_capability": "read from this machine"}
+    return with_possible_precision(
+        replace(
+            target,
+            compute_capability=(gpu.compute_capability,),
+            shared_memory=not own,
+            providers=load_target("cuda").providers,
+            sources=MappingProxyType(sources),
+        )
+    )
+
+
+def _gpu_backend(gpu: Gpu) -> tuple[str, str] | None:
+    """What runs bundles on a GPU here, and why; None where nothing does."""
+    rtx_builds = RELEASES[TENSORRT_RTX, NEWEST_RTX].ahead_of_time
+    has_rtx = gpu.compute_capability in rtx_builds and _has_module("tensorrt_rtx")
+    has_onnxruntime = _has_onnxruntime_gpu()
+    what = f"{gpu.name} has compute capability {gpu.compute_capability}, and"
+    if has_rtx and (gpu.compute_capability in RTX_CAPABILITIES or not has_onnxruntime):
+        return TENSORRT_RTX, f"{what} tensorrt_rtx is installed here"
+    if has_onnxruntime:
+        return ONNXRUNTIME, f"{what} onnxruntime-gpu is installed here"
+    return None
+
+
+def _card(gpu: Gpu) -> Target | None:
+    """The catalogue's card that nvidia-smi calls so."""
+    targets = (load_target(path.stem) for path in sorted(CATALOGUE.glob("*.toml")))
+    return next((target for target in targets if gpu.name in target.gpu_names), None)
 
 
 def _jetson_target(machine: Machine, jetson: Jetson) -> Target:
@@ -134,14 +183,27 @@ def _jetson_target(machine: Machine, jetson: Jetson) -> Target:
     modules = [load_target(path.stem) for path in sorted(CATALOGUE.glob("jetson-*.toml"))]
     fitting = [module for module in modules if module.device_tree and module.device_tree in jetson.model]
     if not fitting:
-        return _with_memory(load_target("cpu"), f"This machine: {jetson.model}", memory_gb, _reserve_gb(machine))
+        return _cpu_target(machine, jetson.model, "a Jetson that the catalogue does not have")
     length = max(len(module.device_tree or "") for module in fitting)
     longest = [module for module in fitting if len(module.device_tree or "") == length]
     base = min(longest, key=lambda module: abs(module.memory_gb - memory_gb))
-    target = _with_memory(base, f"This machine: {jetson.model}", memory_gb, min(base.reserve_gb, memory_gb / 2))
-    if jetson.jetpack is None or jetson.jetpack.version not in target.jetpacks:
-        return target
-    return replace(target, jetpack=jetson.jetpack.version)
+    base, backend, reason = _with_jetpack(base, jetson)
+    reserve_gb = min(base.reserve_gb, memory_gb / 2)
+    return with_possible_precision(_here(base, jetson.model, memory_gb, reserve_gb, backend=backend, reason=reason))
+
+
+def _with_jetpack(base: Target, jetson: Jetson) -> tuple[Target, str, str]:
+    """`base` with the JetPack that is installed, and the backend that this leaves, with the reason."""
+    found = jetson.jetpack
+    if found is None or found.version not in base.jetpacks:
+        reason = f"assumption: Jetson Linux {jetson.l4t} is not known for it, so JetPack {base.jetpack} is taken"
+        return replace(base, sources=MappingProxyType({**base.sources, "jetpack": reason})), TENSORRT, reason
+    sources = {**base.sources, "jetpack": f"read from this machine: Jetson Linux {jetson.l4t}"}
+    base = replace(base, jetpack=found.version, sources=MappingProxyType(sources))
+    what = f"JetPack {found.version} has TensorRT {found.tensorrt}"
+    if has_engines(TENSORRT, found.tensorrt):
+        return base, TENSORRT, what
+    return base, ONNXRUNTIME, f"{what}, for which no engines are made"
 
 
 def read_gpus(csv: str) -> tuple[Gpu, ...]:
@@ -199,6 +261,10 @@ def _nvidia_smi() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout if done.returncode == 0 else ""
+
+
+def _has_module(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 def _has_onnxruntime_gpu() -> bool:

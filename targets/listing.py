@@ -7,9 +7,11 @@ from typing import Any
 
 from ..tables import columns
 from .devices import Target, load_target, target_names
-from .made import what_is_made
+from .made import Made, what_is_made
+from .names import ONNXRUNTIME, PRODUCTS
+from .tensorrt import Release, release_of
 
-HEADER = ("TARGET", "DEVICE", "MEMORY", "BANDWIDTH", "BACKEND", "PRECISION", "A BUILD MAKES TODAY")
+HEADER = ("TARGET", "DEVICE", "MEMORY", "BANDWIDTH", "BACKEND", "PRECISION", "A BUILD MAKES")
 ASSUMED = "*"
 
 
@@ -31,28 +33,54 @@ def table_lines(targets: list[Target]) -> list[str]:
 
 
 def detail_lines(target: Target) -> list[str]:
-    """All facts of one target, each with its source, and what a build makes of it today."""
+    """All facts of one target, each with its source, and what a build makes of it."""
     rows = [(name, text, target.sources.get(name, "")) for name, text in _facts(target)]
+    made = what_is_made(target)
     return [
         f"{target.name}: {target.title}",
         "",
         *columns(rows, indent="  "),
         "",
-        "A build makes today:",
-        *(f"  {note}" for note in what_is_made(target).notes),
+        "A build makes:",
+        *columns(_made_rows(target, made), indent="  "),
+        "",
+        *(f"  {note}" for note in made.notes),
     ]
 
 
 def to_json(target: Target) -> dict[str, Any]:
-    """All facts of one target, and what a build makes today."""
+    """All facts of one target, and what a build makes; `tensorrt` is the release that an engine is made for."""
     facts = {item.name: getattr(target, item.name) for item in fields(Target)}
     made = what_is_made(target)
+    release = _release(target, made)
     return {
         **facts,
         "peak": [vars(peak) for peak in target.peak],
         "sources": dict(target.sources),
-        "makes": {"dialect": made.dialect, "activations": made.activations, "notes": list(made.notes)},
+        "makes": {**vars(made), "tensorrt": release.version if release else None},
     }
+
+
+def _release(target: Target, made: Made) -> Release | None:
+    return release_of(target) if made.backend != ONNXRUNTIME else None
+
+
+def _made_rows(target: Target, made: Made) -> list[tuple[str, str, str]]:
+    """What a build makes, as (what, text, source)."""
+    release = _release(target, made)
+    graph = f"dialect {made.dialect}, opset {made.opset}, {made.activations} activations"
+    if release is None:
+        return [("for", PRODUCTS[made.backend], ""), ("graph", graph, ""), ("weights", ", ".join(made.precisions), "")]
+    jetpack = f" of JetPack {target.jetpack}" if target.release else ""
+    return [
+        ("for", f"{release.name}{jetpack}", ""),
+        ("graph", graph, release.source),
+        *(
+            ("weights", f"{ability.precision}{' with --calibrate' if ability.calibrated else ''}", ability.source)
+            for ability in release.abilities
+            if ability.precision in made.precisions
+        ),
+    ]
 
 
 def _row(target: Target) -> tuple[str, ...]:
@@ -79,12 +107,13 @@ def _facts(target: Target) -> list[tuple[str, str]]:
         "native_formats": ", ".join(target.native_formats),
         "default_precision": target.default_precision,
         "backend": f"{target.backend} (possible: {', '.join(target.backends)})",
-        "providers": ", ".join(target.providers),
+        "providers": f"{', '.join(target.providers)} (of ONNX Runtime)",
         "jetpack": f"{release.version}: CUDA {release.cuda}, TensorRT {release.tensorrt}, Python {release.python}"
         if release
         else "",
         "jetpacks": ", ".join(target.jetpacks),
         "device_tree": target.device_tree or "",
+        "gpu_names": ", ".join(target.gpu_names),
     }
     return [(name, text) for name, text in texts.items() if text]
 

@@ -39,17 +39,27 @@ def check_facts(facts: Mapping[str, Any], schema: type, allowed: Mapping[str, tu
     for item in fields(schema):
         if item.name in facts:
             value = facts[item.name]
-            _check_type(item.name, str(item.type).removesuffix(" | None"), value, path)
+            _check_type(item.name, item.type, value, path)
             _check_allowed(item.name, value if isinstance(value, list) else [value], allowed, path)
         elif item.default is MISSING and item.default_factory is MISSING:
-            raise LlamaExportError(f"{path}: the key {item.name!r} is missing.")
+            expected = _expected(item.name, item.type, allowed)
+            raise LlamaExportError(f"{path}: the key {item.name!r} is missing; {expected}.")
 
 
-def _check_type(key: str, annotation: str, value: Any, path: Path) -> None:
-    described, types = ACCEPTED[annotation]
+def _accepted(annotation: Any) -> tuple[str, tuple[type, ...]]:
+    return ACCEPTED[str(annotation).removesuffix(" | None")]
+
+
+def _expected(key: str, annotation: Any, allowed: Mapping[str, tuple[str, ...]]) -> str:
+    described = f"it must be {_accepted(annotation)[0]}"
+    return f"{described} (allowed: {', '.join(allowed[key])})" if key in allowed else described
+
+
+def _check_type(key: str, annotation: Any, value: Any, path: Path) -> None:
+    described, types = _accepted(annotation)
     right = isinstance(value, types) and (bool in types or not isinstance(value, bool))
-    if right and annotation == "float":
-        right = 0 <= float(value) < LARGEST
+    if right and float in types:
+        right = 0 <= value < LARGEST
     if right and described.endswith("of strings"):
         items = value.values() if isinstance(value, Mapping) else value
         right = all(isinstance(item, str) for item in items)

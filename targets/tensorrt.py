@@ -90,7 +90,7 @@ _NVFP4 = Ability("nvfp4", "10.0", "TensorRT 10.8 release notes: FP4 from compute
 
 _RTX = (
     Ability("fp16", "7.5", MEASURED_RTX),
-    Ability("int8", "7.5", f"{MEASURED_RTX}: weight-only by blocked DequantizeLinear"),
+    Ability("int8", "8.0", f"{MEASURED_RTX}: weight-only; the TensorRT-RTX support matrix has none for 7.5"),
     Ability("int4", "8.0", f"{MEASURED_RTX}: not for 7.5"),
     Ability("fp8", "8.9", f"{MEASURED_RTX}: from 8.9"),
     Ability("nvfp4", "12.0", f"{MEASURED_RTX}: from 12.0"),

@@ -26,6 +26,9 @@ SOURCED = (
     "jetpack",
     "jetpacks",
     "device_tree",
+    "gpu_names",
+    "backend",
+    "default_precision",
 )
 OWN_FILE = """
 title = "A board"
@@ -73,8 +76,8 @@ def test_a_jetson_has_a_jetpack_and_nothing_else_has(name: str) -> None:
     [
         ("jetson-orin-nano-8gb", (8, ("8.7",), "int4", "tensorrt")),
         ("jetson-thor-t5000", (128, ("11.0",), "int4", "tensorrt")),
-        ("rtx", (8, ("8.0", "8.6", "8.9", "12.0"), "fp16", "tensorrt-rtx")),
-        ("dgx-spark", (128, ("12.1",), "fp16", "tensorrt-rtx")),
+        ("rtx", (8, ("8.0", "8.6", "8.9", "12.0"), "int4", "tensorrt-rtx")),
+        ("dgx-spark", (128, ("12.1",), "int4", "tensorrt-rtx")),
         ("h200", (141, ("9.0",), "fp16", "onnxruntime")),
         ("cpu", (8, (), "int4", "onnxruntime")),
     ],
@@ -87,6 +90,19 @@ def test_facts_that_builds_depend_on(name: str, facts: tuple[object, ...]) -> No
         target.default_precision,
         target.backend,
     )
+
+
+@pytest.mark.parametrize("name", CATALOGUE_NAMES)
+def test_the_default_backend_is_the_one_that_uses_the_device(name: str) -> None:
+    prefixes = {"jetson-": "tensorrt", "rtx": "tensorrt-rtx", "l4": "tensorrt-rtx", "dgx-": "tensorrt-rtx"}
+    expected = next((value for prefix, value in prefixes.items() if name.startswith(prefix)), "onnxruntime")
+    assert load_target(name).backend == expected
+
+
+def test_default_jetpacks_and_those_that_a_device_had() -> None:
+    orin, thor = load_target("jetson-agx-orin-32gb"), load_target("jetson-thor-t4000")
+    assert (orin.jetpack, orin.jetpacks) == ("6.2", ("5.1", "6.0", "6.1", "6.2", "7.2"))
+    assert (thor.jetpack, thor.jetpacks) == ("7.1", ("7.0", "7.1", "7.2"))
 
 
 def test_assumptions_are_told_apart_from_the_vendors_figures() -> None:
@@ -145,7 +161,27 @@ def test_a_file_of_ones_own_changes_a_catalogue_target(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("title = ", "not a TOML file"),
-        ("", "the key 'title' is missing"),
+        ("", "the key 'title' is missing; it must be a string"),
+        (
+            OWN_FILE.replace('kind = "cpu"', ""),
+            "'kind' is missing; it must be a string (allowed: cpu, gpu, jetson, spark)",
+        ),
+        (OWN_FILE.replace('backends = ["onnxruntime"]', ""), "a list of strings (allowed: onnxruntime, tensorrt"),
+        (OWN_FILE.replace("0.5", "-0.5"), "reserve_gb is -0.5, but it must be a positive number"),
+        (OWN_FILE.replace("= 3", f"= 1{'0' * 400}"), "but it must be a positive number"),
+        (OWN_FILE.replace("= 3", "= nan"), "memory_gb is nan"),
+        (OWN_FILE + "bandwidth_gbs = 0", "bandwidth_gbs is 0, but it must be above"),
+        (OWN_FILE + "[[peak]]\nformat = 'int8'\ntops = 0\nsparse = true", "tops of peak is 0"),
+        (OWN_FILE + "[[peak]]\nformat = 'int7'\ntops = 4\nsparse = true", "format has 'int7'. Did you mean 'int8'?"),
+        (OWN_FILE + 'compute_capability = ["89"]', "compute_capability has '89', but it must be a number such as"),
+        (OWN_FILE.replace('["onnxruntime"]', '["onnxruntime", "tensorrt-rtx"]'), "'compute_capability' is missing"),
+        (OWN_FILE + 'jetpack = "6.2"\njetpacks = ["6.2"]', "are for the kind 'jetson', not 'cpu'"),
+        (
+            'base = "jetson-orin"\njetpack = "7.0"',
+            "'7.0' is not among the jetpacks ['5.1', '6.0', '6.1', '6.2', '7.2']",
+        ),
+        ('base = "jetson-orin"\njetpack = "6.3"', "jetpack has '6.3'. Did you mean '6."),
+        ('base = "jetson-orin"\ndevice_tree = 5', "device_tree is 5, but it must be a string"),
         (OWN_FILE + "memory_bg = 4", "unknown key 'memory_bg'. Did you mean 'memory_gb'"),
         (OWN_FILE.replace("= 3", '= "3"'), "memory_gb is '3', but it must be a positive number"),
         (OWN_FILE.replace("= 3", "= true"), "memory_gb is True"),
@@ -159,7 +195,7 @@ def test_a_file_of_ones_own_changes_a_catalogue_target(tmp_path: Path) -> None:
         (OWN_FILE.replace('["CPUE', '["CUDAE'), "must end with 'CPUExecutionProvider'"),
         (OWN_FILE.replace('["onnxruntime"]', '["tensorrt"]'), "'onnxruntime' is not among the backends"),
         (OWN_FILE.replace('"cpu"', '"jetson"'), "a jetson needs the key 'jetpack'"),
-        (OWN_FILE + 'jetpack = "6.2"', "jetpack '6.2' is not among the jetpacks"),
+        (OWN_FILE + 'jetpack = "6.2"', "jetpack and jetpacks are for the kind 'jetson', not 'cpu'"),
         (OWN_FILE + "peak = [1]", "a list of tables [[peak]] is needed"),
         (OWN_FILE + "[[peak]]\nformat = 'int8'\ntops = 4", "the key 'sparse' is missing"),
         (OWN_FILE + "[sources]\nmemory_gb = 4", "sources is {'memory_gb': 4}, but it must be a table of strings"),
@@ -180,6 +216,11 @@ def test_a_file_that_is_wrong_is_refused_by_name_key_and_what_is_allowed(
 def test_a_file_that_is_not_there_or_not_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"none\.toml cannot be read: No such file"):
         load_target(str(tmp_path / "none.toml"))
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(UsageError, match="not a plain file; name a TOML file"):
+        load_target(str(tmp_path / "folder.toml"))
+    with pytest.raises(UsageError, match="There is no target"):
+        load_target(str(tmp_path))
     path = tmp_path / "board.toml"
     for content in (b"\xff\xfe\x00", b"a = " + b"[" * 10_000, b"a = 1" + b"0" * 5000):
         path.write_bytes(content)
@@ -196,7 +237,14 @@ def test_the_table_marks_assumptions_and_the_details_name_sources() -> None:
     assert "8 GB*" in table
     assert "24 GB " in table
     details = "\n".join(listing.detail_lines(load_target("jetson-agx-orin-64gb")))
-    for part in ("204.8 GB/s", "int8 275 TOPS sparse", "TensorRT 10.3.0", "JetPack", "does not build engines yet"):
+    for part in (
+        "204.8 GB/s",
+        "int8 275 TOPS sparse",
+        "TensorRT 10.3.0",
+        "JetPack",
+        "does not build engines yet",
+        "ONNX Runtime",
+    ):
         assert part in details
 
 
@@ -208,9 +256,11 @@ Read = Callable[..., Machine]
 
 @pytest.fixture
 def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Read:
-    """Reads a machine that has these system files, whose nvidia-smi prints `gpus`, with onnxruntime-gpu or without."""
+    """Reads a machine that has these system files, whose nvidia-smi prints `gpus`, with onnxruntime-gpu (`cuda`) and
+    tensorrt_rtx (`rtx`) or without.
+    """
 
-    def read_files(files: dict[str, str], gpus: str = "", *, cuda: bool = False) -> Machine:
+    def read_files(files: dict[str, str], gpus: str = "", *, cuda: bool = False, rtx: bool = False) -> Machine:
         for name, text in files.items():
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -218,6 +268,7 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Read:
         monkeypatch.setattr(host, "ROOT", tmp_path)
         monkeypatch.setattr(host, "_nvidia_smi", lambda: gpus)
         monkeypatch.setattr(host, "_has_onnxruntime_gpu", lambda: cuda)
+        monkeypatch.setattr(host, "_has_module", lambda name: rtx and name == "tensorrt_rtx")
         return read_machine()
 
     return read_files
@@ -243,6 +294,28 @@ def test_a_jetson_is_known_by_its_device_tree_and_memory(read: Read) -> None:
     assert (target.name, target.compute_capability, target.jetpack) == ("host", ("8.7",), "6.2")
     assert (target.memory_gb, target.bandwidth_gbs) == (8.0, 68), "an Orin Nano, and the 8 GB one"
     assert "Orin Nano" in target.title
+    assert (target.backend, target.sources["backend"]) == ("tensorrt", "JetPack 6.2 has TensorRT 10.3.0")
+
+
+@pytest.mark.parametrize(
+    ("release", "jetpack", "backend", "precision"),
+    [
+        ("R36 (release), REVISION: 3.0", "6.0", "tensorrt", "fp16"),
+        ("R35 (release), REVISION: 4.1", "5.1", "onnxruntime", "int4"),
+    ],
+)
+def test_an_older_jetpack_decides_backend_and_precision(
+    read: Read, release: str, jetpack: str, backend: str, precision: str
+) -> None:
+    target = host_target(read({**JETSON_FILES, "etc/nv_tegra_release": f"# {release}, GCID: 1"}))
+    assert (target.jetpack, target.backend, target.default_precision) == (jetpack, backend, precision)
+
+
+def test_an_unknown_jetson_linux_leaves_an_assumed_jetpack(read: Read) -> None:
+    target = host_target(read({**JETSON_FILES, "etc/nv_tegra_release": "# R99 (release), REVISION: 1.0, GCID: 1"}))
+    assert (target.jetpack, target.backend) == ("6.2", "tensorrt")
+    assert target.is_assumed("jetpack")
+    assert "99.1.0" in target.sources["jetpack"]
 
 
 def test_a_jetson_of_an_unknown_kind_counts_as_a_computer(read: Read) -> None:
@@ -277,13 +350,41 @@ def test_gpus_are_read_from_what_nvidia_smi_prints() -> None:
 COMPUTER = {"proc/meminfo": MEMINFO}
 
 
-def test_a_gpu_counts_only_where_onnxruntime_can_use_it(read: Read) -> None:
+def test_a_gpu_counts_only_where_something_can_use_it(read: Read) -> None:
     gpus = "NVIDIA L4, 23034, 8.9, 550.1\n"
     without, with_cuda = (host_target(read(COMPUTER, gpus, cuda=cuda)) for cuda in (False, True))
     assert (without.kind, without.memory_gb, without.default_precision) == ("cpu", 8.0, "int4")
     assert (with_cuda.kind, with_cuda.memory_gb, with_cuda.default_precision) == ("gpu", 24.2, "fp16")
     assert with_cuda.compute_capability == ("8.9",)
     assert not with_cuda.is_assumed("memory_gb")
+    assert "nothing is installed" in without.sources["backend"]
+    assert (with_cuda.backend, with_cuda.providers[0]) == ("onnxruntime", "CUDAExecutionProvider")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cuda", "backend", "bandwidth"),
+    [
+        ("NVIDIA GeForce RTX 4090, 24564, 8.9, 580.1", True, "tensorrt-rtx", 1008),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU, 16376, 8.9, 580.1", True, "tensorrt-rtx", None),
+        ("NVIDIA A100-SXM4-40GB, 40960, 8.0, 580.1", True, "onnxruntime", 1555),
+        ("NVIDIA A100-SXM4-40GB, 40960, 8.0, 580.1", False, "tensorrt-rtx", 1555),
+        ("NVIDIA A100-SXM4-80GB, 81920, 8.0, 580.1", True, "onnxruntime", None),
+        ("NVIDIA H200, 143771, 9.0, 580.1", True, "onnxruntime", 4800),
+        ("NVIDIA GB10, [N/A], 12.1, 580.1", False, "tensorrt-rtx", 273),
+    ],
+)
+def test_a_gpu_has_the_backend_and_the_figures_of_its_card(
+    read: Read, gpu: str, backend: str, bandwidth: float | None, *, cuda: bool
+) -> None:
+    target = host_target(read(COMPUTER, f"{gpu}\n", cuda=cuda, rtx=True))
+    assert (target.name, target.backend, target.bandwidth_gbs) == ("host", backend, bandwidth)
+    assert target.backend in target.backends
+    assert gpu.split(",")[0] in target.sources["backend"]
+
+
+def test_a_gpu_that_tensorrt_rtx_does_not_know_counts_only_with_onnxruntime(read: Read) -> None:
+    target = host_target(read(COMPUTER, "NVIDIA H200, 143771, 9.0, 580.1\n", rtx=True))
+    assert (target.kind, target.backend) == ("cpu", "onnxruntime")
 
 
 def test_a_gpu_without_memory_of_its_own_uses_the_computers(read: Read) -> None:
