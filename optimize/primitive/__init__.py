@@ -21,7 +21,9 @@ from ..ort.order_inputs import order_inputs
 from ..ort.pack_linears import pack_linears
 from ..ort.vectors import lower_vectors
 from ..tensors import Float32, Int64
+from ..trt.embedding import lower_embedding
 from ..trt.kept_positions import keep_asked_positions
+from ..trt.linear import InputScale, lower_linears
 from ..trt.rotary_tables import store_rotary_tables
 from .attention import lower_attention
 from .norms import lower_norms
@@ -35,12 +37,14 @@ IR_VERSIONS: Mapping[int, int] = {17: 8, 21: 10}
 class PrimitiveOptions:
     """formats: how each checkpoint tensor is stored. rotary: tables of cos and sin, float32 [context, head_dim / 2].
     opset: 17 or 21. orders: by checkpoint tensor, the order of its stored columns where that is not the natural one.
+    inputs: by checkpoint weight, how what its projection reads is rounded, where that is quantised too.
     """
 
     formats: Mapping[str, Format]
     rotary: tuple[Float32, Float32]
     opset: int
     orders: Mapping[str, Int64] = field(default_factory=dict)
+    inputs: Mapping[str, InputScale] = field(default_factory=dict)
 
 
 def lower(model: ir.Model, options: PrimitiveOptions) -> None:
@@ -52,6 +56,8 @@ def lower(model: ir.Model, options: PrimitiveOptions) -> None:
     order_inputs(model, options.orders)
     pack_linears(model, options.formats)
     lower_norms(model, options.opset)
+    lower_linears(model, options.formats, opset=options.opset, inputs=options.inputs)
+    lower_embedding(model, options.formats)
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     lower_vectors(model)

@@ -24,7 +24,10 @@ from ..ort.order_inputs import order_inputs
 from ..ort.pack_linears import pack_linears
 from ..ort.vectors import lower_vectors
 from ..tensors import Float32, Int64
+from .embedding import lower_embedding
 from .kept_positions import keep_asked_positions
+from .linear import InputScale, lower_linears
+from .odd_heads import pad_heads
 from .rotary_tables import store_rotary_tables
 
 OPSET, IR_VERSION = 24, 12
@@ -34,19 +37,24 @@ OPSET, IR_VERSION = 24, 12
 class TrtOptions:
     """formats: how each checkpoint tensor is stored. rotary: tables of cos and sin, float32 [context, head_dim / 2].
     orders: by checkpoint tensor, the order of its stored columns where that is not the natural one.
+    inputs: by checkpoint weight, how what its projection reads is rounded, where that is quantised too.
     """
 
     formats: Mapping[str, Format]
     rotary: tuple[Float32, Float32]
     orders: Mapping[str, Int64] = field(default_factory=dict)
+    inputs: Mapping[str, InputScale] = field(default_factory=dict)
 
 
 def lower(model: ir.Model, options: TrtOptions) -> None:
     """Lower the canonical graph in place; leaves every weight described by `stored.Stored`, none with values."""
     store_rotary_tables(model, options.rotary)
+    pad_heads(model)
     keep_asked_positions(model)
     order_inputs(model, options.orders)
     pack_linears(model, options.formats)
+    lower_linears(model, options.formats, opset=OPSET, inputs=options.inputs)
+    lower_embedding(model, options.formats)
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     lower_vectors(model)
