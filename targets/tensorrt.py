@@ -1,8 +1,8 @@
 """What each release of TensorRT that engines are made for can do, with its source.
 
 A release decides the graph's dialect and opset, whether the network keeps the graph's types, and which precisions of
-weights it runs from which compute capability on. TensorRT 8.5 (JetPack 5.1) is left out: its parser ends at opset 16
-and the Python beside it is older than the runtime takes.
+weights it runs from which compute capability on. TensorRT 8.5 (JetPack 5.1) is left out: the Python 3.8 beside it is
+older than what builds an engine and runs it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from .names import ONNXRUNTIME, PRODUCTS, TENSORRT, TENSORRT_RTX, listed
 
 FUSED, PRIMITIVE = "trt", "trt-primitive"
 
-RELEASE_NOTES = "NVIDIA's TensorRT release notes, read 2026-11"
-PARSER_TABLE = "onnx-tensorrt, docs/operators.md and docs/Changelog.md of the release, read 2026-11"
+PARSER_TABLE = "onnx-tensorrt's docs/operators.md"
+OPSET_21 = (
+    f"{PARSER_TABLE} of 10.0 and 10.1 tells of opsets 9 to 20, and of DequantizeLinear with INT4, which ONNX has from "
+    "opset 21"
+)
 MEASURED_RTX = "parsed and built with TensorRT-RTX 1.7.1 on a computer without a GPU"
 
 
@@ -102,7 +105,7 @@ CALIBRATABLE = ("int8", "fp8")
 NEWEST_TENSORRT, NEWEST_RTX = "11.4.1", "1.7.1"
 
 _ALL = (
-    Release(TENSORRT, "8.6.2", PRIMITIVE, 17, False, (_FP16, _W8A8), f"{PARSER_TABLE}: up to opset 17"),
+    Release(TENSORRT, "8.6.2", PRIMITIVE, 17, False, (_FP16, _W8A8), f"{PARSER_TABLE} of 8.6: up to opset 17"),
     Release(
         TENSORRT,
         "10.3.0",
@@ -110,7 +113,7 @@ _ALL = (
         21,
         True,
         (_FP16, _W8A8, _INT4, _FP8),
-        f"{PARSER_TABLE}: blocked DequantizeLinear of opset 21",
+        OPSET_21,
     ),
     Release(
         TENSORRT,
@@ -119,7 +122,7 @@ _ALL = (
         21,
         True,
         (_FP16, _W8A8, _INT4, _FP8),
-        f"{PARSER_TABLE}: Attention comes with 10.14 and what goes with it with 10.15; FP4 would need opset 23",
+        f"{OPSET_21}; Attention comes with 10.14, RotaryEmbedding, RMSNormalization and TensorScatter with 10.15",
     ),
     Release(
         TENSORRT,
@@ -128,7 +131,7 @@ _ALL = (
         24,
         True,
         (_FP16, _W8A8, _INT4, _FP8, _NVFP4),
-        f"{PARSER_TABLE}: opset 24 from 10.15 on",
+        f"{PARSER_TABLE} of 10.15: opsets 9 to 24",
     ),
     Release(
         TENSORRT,
@@ -137,7 +140,7 @@ _ALL = (
         24,
         True,
         (_FP16, _W8A8, _INT4, _FP8, _NVFP4),
-        f"{RELEASE_NOTES}: weak typing removed with 11.0",
+        "NVIDIA's ONNX opset guide for 11.x: up to opset 25; weak typing is removed with 11.0",
     ),
     Release(
         TENSORRT_RTX, NEWEST_RTX, FUSED, 24, True, _RTX, MEASURED_RTX, ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
