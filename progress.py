@@ -30,6 +30,9 @@ class Progress(Protocol):
     def advance(self, done_bytes: int, total_bytes: int) -> None:
         """Say how much of the current step's bytes are done; may be called often."""
 
+    def share(self, done: float) -> None:
+        """Say how much of the current step is done, from 0 to 1, where it is not counted in bytes."""
+
     def warn(self, text: str) -> None:
         """Say something that the user may want to change."""
 
@@ -43,6 +46,9 @@ class Silent:
         pass
 
     def advance(self, done_bytes: int, total_bytes: int) -> None:
+        pass
+
+    def share(self, done: float) -> None:
         pass
 
     def warn(self, text: str) -> None:
@@ -98,14 +104,24 @@ class Terminal:
             return
         stage.total_bytes = total_bytes
         now = time.monotonic()
-        if not self._redraws or now - stage.drawn < REDRAW_SECONDS:
-            return
-        stage.drawn = now
-        self._draw(stage, f"{stage.title}  {progress_figures(done_bytes, total_bytes, now - stage.began)}")
+        if self._due(stage, now):
+            self._draw(stage, f"{stage.title}  {progress_figures(done_bytes, total_bytes, now - stage.began)}")
+
+    def share(self, done: float) -> None:
+        stage = self._stage
+        if stage is not None and self._due(stage, now := time.monotonic()):
+            self._draw(stage, f"{stage.title}  {share_figures(done, now - stage.began)}")
 
     def warn(self, text: str) -> None:
         label = f"{YELLOW}Warning:{PLAIN}" if self._colours else "Warning:"
         self._line(f"{label} {plain(text)}")
+
+    def _due(self, stage: _Stage, now: float) -> bool:
+        """Whether to draw again; if so, it counts as drawn."""
+        if not self._redraws or now - stage.drawn < REDRAW_SECONDS:
+            return False
+        stage.drawn = now
+        return True
 
     def _end_stage(self) -> None:
         stage, self._stage = self._stage, None
@@ -142,6 +158,11 @@ def progress_figures(done_bytes: int, total_bytes: int, seconds: float) -> str:
         return percent
     speed = done_bytes / seconds
     return f"{percent}  {speed / 1e6:,.0f} MB/s  {clock((total_bytes - done_bytes) / speed)} left"
+
+
+def share_figures(done: float, seconds: float) -> str:
+    """ "42 %  7 s" for a step of which the share `done` is done after `seconds`; its parts are of unequal length."""
+    return f"{int(100 * done):3d} %  {clock(seconds)}"
 
 
 def clock(seconds: float) -> str:

@@ -17,9 +17,12 @@ PARTS = ("export", "optimize", "targets", "runtime")
 # A build records the reference by running the graph that it wrote, with the parts of the runtime that verify uses.
 _RECORDING = {"runtime.batch", "runtime.onnx_file", "runtime.reference", "runtime.threads"}
 
+# Engines are built on a device too, as a recipe says, and laid where the runtime looks for them.
+_BUILDING = {"runtime.recipe", "runtime.decode_json", "runtime.protobuf", "runtime.tensorrt"}
+
 ALLOWED = {
     "export": {"export", "optimize", "runtime.bundle", *_RECORDING},
-    "targets": {"targets", "optimize", "runtime.bundle"},
+    "targets": {"targets", "optimize", "runtime.bundle", *_BUILDING},
     "optimize": {"optimize"},
     "runtime": {"runtime"},
 }
