@@ -4,8 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from llama_export.cli import main
 from llama_export.errors import LlamaExportError, UsageError
-from llama_export.optimize import ort
+from llama_export.optimize import ort, policy
 from llama_export.runtime import bundle
 from llama_export.targets import listing, made, names
 from llama_export.targets.choice import choose, with_possible_precision
@@ -30,7 +32,7 @@ def built(name: str, *, jetpack: str | None = None, backend: str | None = None) 
 
 
 def test_the_words_are_those_of_a_manifest() -> None:
-    assert names.BACKENDS == tuple(bundle.BACKENDS)
+    assert tuple(bundle.BACKENDS) == names.BACKENDS
     assert made.ORT_DIALECT in bundle.BACKENDS[names.ONNXRUNTIME]
     for release in RELEASES.values():
         assert release.dialect in bundle.BACKENDS[release.backend]
@@ -77,6 +79,14 @@ def test_every_jetpack_but_5_has_a_release_that_engines_are_made_for() -> None:
     assert {version for version, jetpack in JETPACKS.items() if not has_engines("tensorrt", jetpack.tensorrt)} == {
         "5.1"
     }
+
+
+def test_every_ability_has_a_format_that_the_graph_can_hold() -> None:
+    for release in RELEASES.values():
+        held = policy.TENSORRT_RTX if release.backend == "tensorrt-rtx" else policy.TENSORRT
+        known = (policy.TENSORRT_8 if release.version.startswith("8.") else held).precisions
+        assert {ability.precision for ability in release.abilities} <= set(known)
+    assert tuple(policy.ORT.precisions) == made.ORT_PRECISIONS
 
 
 def test_compute_capabilities_compare_as_numbers() -> None:
@@ -149,6 +159,24 @@ def test_a_jetpack_before_engines_is_refused_with_what_is_possible() -> None:
         assert part in str(caught.value)
     target, bundle_made = built("jetson-orin", jetpack="5.1", backend="ort")
     assert (target.jetpack, bundle_made.dialect) == ("5.1", "ort")
+
+
+def test_a_file_of_ones_own_is_chosen_from_too(tmp_path: Path) -> None:
+    path = tmp_path / "board.toml"
+    path.write_text('base = "jetson-orin-nano-8gb"\njetpack = "6.0"\n')
+    target = choose(load_target(str(path)))
+    assert (target.jetpack, target.default_precision) == ("6.0", "fp16")
+    assert choose(load_target(str(path)), jetpack="7.2").default_precision == "int4"
+    with pytest.raises(UsageError, match=r"board never had JetPack 7\.1"):
+        choose(load_target(str(path)), jetpack="7.1")
+
+
+def test_a_file_whose_engines_cannot_be_made_is_shown_with_the_reason(tmp_path: Path) -> None:
+    path = tmp_path / "board.toml"
+    path.write_text('base = "jetson-orin"\njetpack = "5.1"\n')
+    result = CliRunner().invoke(main, ["targets", str(path)])
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "No engines are made for JetPack 5.1" in result.stderr
 
 
 def test_a_default_precision_that_the_release_lacks_becomes_fp16() -> None:
