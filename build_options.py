@@ -16,6 +16,7 @@ class BuildOptions:
 
     adapters: folders of LoRA adapters, each with `:weight` or without. adapter_mode: "merge" them into the weights, or
     keep them beside them to be chosen at "runtime". any_base: take adapters whatever model they name as their base.
+    jetpack: of a Jetson; backend: of those that the target has. calibrate: the text to calibrate activations on.
     """
 
     model: str
@@ -33,3 +34,6 @@ class BuildOptions:
     adapters: tuple[str, ...] = ()
     adapter_mode: str = MERGE
     any_base: bool = False
+    jetpack: str | None = None
+    backend: str | None = None
+    calibrate: Path | None = None

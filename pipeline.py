@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import __version__
+from . import __version__, dialects
 from .build_options import BuildOptions
 from .build_report import BuildReport
+from .engines import engine_record, write_engines
 from .export.config import model_notes, stretch_note, transformers_config
 from .export.destination import check_destination, require_space, staged
 from .export.families import FAMILIES
@@ -21,8 +22,6 @@ from .export.licences import duties, folder_licence, legal_files, legal_texts
 from .export.lora.peft_folder import WEIGHTS, Adapter
 from .export.loss import Loss, loss_warning
 from .installed import installed_version
-from .optimize.plan import column_orders
-from .optimize.requirements import WINDOW_MINIMUM_ONNXRUNTIME
 from .planning import BuildPlan, plan_build
 from .progress import Progress, Silent
 from .runtime.bundle import (
@@ -39,15 +38,14 @@ from .runtime.bundle import (
 )
 from .runtime.hashing import sha256_of_all
 from .runtime.threads import physical_cores
+from .targets.choice import choose
 from .targets.context import PREFILL_CHUNK
 from .targets.devices import load_target
 
 if TYPE_CHECKING:
     from .export.write import Placement
+    from .optimize.trt.linear import InputScale
     from .runtime.reference import WeightRecord
-
-SHIPPED_ACCURACY_LEVEL = {"float32": 4, "float16": 0}
-"""MatMulNBits' accuracy_level by activations: on the CPU int8 activations run at the speed of memory."""
 
 _TOOLS = (
     *("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy", "tokenizers", "gguf"),
@@ -81,7 +79,7 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildRepor
     """
     progress = progress or Silent()
     clock = _Clock(progress)
-    target = load_target(options.target)
+    target = choose(load_target(options.target), jetpack=options.jetpack, backend=options.backend)
     place = check_destination(options.output, force=options.force)
     clock.stage("open", f"Opening {options.model}")
     plan = plan_build(options, target, progress)
@@ -90,7 +88,7 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildRepor
         if warning:
             progress.warn(warning)
     with staged(options.output, force=options.force) as folder:
-        written = _write_model(plan, folder, clock, progress)
+        written = _write_model(plan, _input_scales(plan, clock, progress), folder, clock, progress)
         if written.losses:
             progress.warn(loss_warning(written.losses))
         _write_companions(plan, folder)
@@ -98,6 +96,11 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildRepor
         if options.reference:
             clock.stage("reference", "Recording what PyTorch computes")
             _write_references(plan, written, folder, manifest, progress)
+        if manifest.engine is not None:
+            clock.stage("engine", "Building the engine")
+            manifest = write_engines(plan, folder, manifest, progress)
+        else:
+            _write_genai_config(plan, folder)
         clock.stage("seal", "Hashing the files")
         manifest = seal(folder, manifest)
     clock.stop()
@@ -113,7 +116,20 @@ class _Written:
     losses: Sequence[Loss]
 
 
-def _write_model(plan: BuildPlan, folder: Path, clock: _Clock, progress: Progress) -> _Written:
+def _input_scales(plan: BuildPlan, clock: _Clock, progress: Progress) -> Mapping[str, InputScale]:
+    """The scales of what projections read, by weight; none where that is not quantised."""
+    if plan.calibration is None:
+        return {}
+    clock.stage("calibrate", f"Calibrating on {plan.calibration.tokens:,} tokens of {plan.calibration.file.name}")
+    from .export.calibrate import calibrate, input_scales  # noqa: PLC0415
+
+    found = calibrate(plan.source, plan.calibration, plan.context.context, progress)
+    return input_scales(found, plan.precision)
+
+
+def _write_model(
+    plan: BuildPlan, inputs: Mapping[str, InputScale], folder: Path, clock: _Clock, progress: Progress
+) -> _Written:
     """Write model.onnx, its data, and the adapters beside them."""
     clock.stage("trace", f"Tracing transformers' {FAMILIES[plan.source.shape.family].name}")
     import torch  # noqa: PLC0415 (seconds to import, and only building needs it)
@@ -122,32 +138,25 @@ def _write_model(plan: BuildPlan, folder: Path, clock: _Clock, progress: Progres
     from .export.lora.bundle_file import write_adapter  # noqa: PLC0415
     from .export.rotary import rotary_tables  # noqa: PLC0415
     from .export.write import lay_out, placements, refer, write_data  # noqa: PLC0415
-    from .optimize.ort import OrtOptions, lower  # noqa: PLC0415
     from .optimize.ort.low_rank import slots_of  # noqa: PLC0415
 
     config, context = transformers_config(plan.source.config), plan.context.context
     model = canonical(config, context=context, dtype=getattr(torch, plan.made.activations))
     clock.stage("lower", "Fusing and lowering the graph")
-    level = SHIPPED_ACCURACY_LEVEL[plan.made.activations]
-    orders = column_orders(plan.source.tensors, plan.formats)
-    beside = () if plan.merged else plan.adapters
-    adapted = {name for adapter in beside for name in adapter.parts}
-    lower(model, OrtOptions(plan.formats, rotary_tables(config, context), level, orders, adapted))
+    dialects.lower(model, plan, rotary_tables(config, context), inputs)
     layout = lay_out(model)
     clock.stage("write", "Writing the weights")
     losses = write_data(model, layout, plan.source.tensors, folder, progress, physical_cores())
     slots, dtype = slots_of(model), plan.made.activations
-    matrices = {adapter.name: write_adapter(adapter, slots, folder, dtype) for adapter in beside}
+    matrices = {adapter.name: write_adapter(adapter, slots, folder, dtype) for adapter in plan.beside}
     placed = placements(model, plan.source.tensors)
     refer(model, layout, folder)
     return _Written(placed, matrices, losses)
 
 
 def _write_companions(plan: BuildPlan, folder: Path) -> None:
-    """Config, tokenizer, template and licence as the checkpoint has them, and what onnxruntime-genai reads."""
-    from .optimize.ort.odd_heads import cache_head_dim  # noqa: PLC0415
-
-    source, shape, tokens = plan.source, plan.source.shape, plan.source.tokens
+    """Config, tokenizer, template and licence as the checkpoint has them."""
+    source = plan.source
     for name in source.files:
         (folder / name).write_bytes(source.content(name))
     for adapter in plan.adapters:
@@ -155,8 +164,13 @@ def _write_companions(plan: BuildPlan, folder: Path) -> None:
             carried = folder / ADAPTERS / adapter.name / name
             carried.parent.mkdir(parents=True, exist_ok=True)
             carried.write_bytes(file.read_bytes())
+
+
+def _write_genai_config(plan: BuildPlan, folder: Path) -> None:
+    """What onnxruntime-genai reads of an `ort` bundle."""
+    source, shape, tokens = plan.source, plan.source.shape, plan.source.tokens
     genai = genai_config(
-        replace(shape, head_dim=cache_head_dim(shape.head_dim)),  # it allocates the cache
+        replace(shape, head_dim=dialects.cache_head_dim(plan)),  # it allocates the cache
         context=plan.context.context,
         bos_token_id=tokens.bos,
         eos_token_ids=tokens.eos,
@@ -168,11 +182,8 @@ def _write_companions(plan: BuildPlan, folder: Path) -> None:
 
 
 def _manifest(plan: BuildPlan) -> Manifest:
-    from .optimize.ort import MINIMUM_ONNXRUNTIME  # noqa: PLC0415
-    from .optimize.ort.odd_heads import cache_head_dim  # noqa: PLC0415
-
     source, shape, tokens = plan.source, plan.source.shape, plan.source.tokens
-    slides = shape.window_in(plan.context.context) is not None
+    calibrated = () if plan.calibration is None else (plan.calibration.note,)
     return Manifest(
         model=ModelRecord(
             source.model_id,
@@ -191,18 +202,20 @@ def _manifest(plan: BuildPlan) -> Manifest:
             hidden=shape.hidden,
             heads=shape.heads,
             kv_heads=shape.kv_heads,
-            head_dim=cache_head_dim(shape.head_dim),
+            head_dim=dialects.cache_head_dim(plan),
             ffn=shape.ffn,
             vocab=shape.vocab,
             cache_dtype=plan.made.activations,
         ),
         limits=Limits(plan.context.context, plan.batch, min(PREFILL_CHUNK, plan.context.context)),
         tokens=Tokens(tokens.bos, tokens.eos, tokens.pad, tokens.add_bos),
-        minimum={"python": "3.10", "onnxruntime": WINDOW_MINIMUM_ONNXRUNTIME if slides else MINIMUM_ONNXRUNTIME},
+        minimum=dialects.minimum_versions(plan),
         providers=plan.made.providers,
         adapters=tuple(_adapter_record(adapter, merged=plan.merged) for adapter in plan.adapters),
+        backend=plan.made.backend,
+        engine=engine_record(plan),
         tools=tool_versions(),
-        notes=(*plan.made.notes, *source.notes, *model_notes(source.config, plan.context.context)),
+        notes=(*plan.made.notes, *source.notes, *calibrated, *model_notes(source.config, plan.context.context)),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from .build_options import MERGE, RUNTIME, BuildOptions
 from .errors import LlamaExportError, UsageError
+from .export.calibration_text import CalibrationText, calibration_text
 from .export.folder import check_carried
 from .export.licences import legal_files
 from .export.lora.merge import base_mismatch, fitted, merged
@@ -19,9 +20,10 @@ from .optimize.plan import has_wide_head, head_of, plan_formats
 from .optimize.quantise import dense_format
 from .optimize.tensors import SourceTensor
 from .progress import Progress
+from .runtime.bundle import ONNXRUNTIME
 from .targets.context import CACHE_BYTES, ContextChoice, Load, choose_context
 from .targets.devices import Target
-from .targets.made import Made, what_is_made
+from .targets.made import Made, check_precision, what_is_made
 
 _WIDE_HEAD = (
     "{head} stays {format}, as the checkpoint has it; the CPU widens it to float32 and reads it whole for each token: "
@@ -34,7 +36,8 @@ class BuildPlan:
     """All that is decided before anything is made.
 
     source: with adapters merged in, where they are to be. adapters: all of them; merged: whether they are in the
-    weights. stored: bytes of weights, and of adapters beside them.
+    weights. stored: bytes of weights, and of adapters beside them. calibration: the text that scales of activations
+    come from, None where these are not quantised.
     """
 
     source: Source
@@ -47,6 +50,12 @@ class BuildPlan:
     stored: int
     context: ContextChoice
     batch: int
+    calibration: CalibrationText | None
+
+    @property
+    def beside(self) -> tuple[Adapter, ...]:
+        """The adapters that stay beside the weights."""
+        return () if self.merged else self.adapters
 
 
 def plan_build(options: BuildOptions, target: Target, progress: Progress) -> BuildPlan:
@@ -62,12 +71,15 @@ def plan_build(options: BuildOptions, target: Target, progress: Progress) -> Bui
         cache_dir=options.cache_dir,
         progress=progress,
     )
-    adapters, merge = _open_adapters(options, source), options.adapter_mode == MERGE
+    adapters, merge = _open_adapters(options, source, made), options.adapter_mode == MERGE
     if merge:
         source = source.with_other(tensors=merged(source.tensors, adapters))
     keeps_own = options.precision is None and source.native_precision is not None
     precision = None if keeps_own else options.precision or target.default_precision
-    formats = plan_formats(source.tensors, precision, options.head_precision)
+    calibrated = options.calibrate is not None
+    if precision is not None:
+        check_precision(target, made, precision, calibrated)
+    formats = plan_formats(source.tensors, precision, options.head_precision, made.policy(calibrated=calibrated))
     if precision is None:
         source = source.with_other(notes=(*source.notes, _kept(source.tensors, formats)))
     if precision is None and made.on_cpu and has_wide_head(source.tensors, formats):
@@ -79,7 +91,8 @@ def plan_build(options: BuildOptions, target: Target, progress: Progress) -> Bui
     load = Load(source.shape, loaded, made.activations, made.on_cpu, options.batch)
     context = choose_context(target, load, source.shape.max_positions, options.context, source.shape.longest)
     named, stored = precision or str(source.native_precision), weights.total() + sum(beside)
-    return BuildPlan(source, adapters, merge, target, made, named, formats, stored, context, options.batch)
+    text = calibration_text(source, options.calibrate, context.context) if options.calibrate else None
+    return BuildPlan(source, adapters, merge, target, made, named, formats, stored, context, options.batch, text)
 
 
 def _weight_bytes(source: Source, formats: Mapping[str, Format], made: Made) -> Counter[str]:
@@ -102,7 +115,7 @@ def _kept(tensors: Mapping[str, SourceTensor], formats: Mapping[str, Format]) ->
     return f"Without --precision, matrices are stored as they come, or nearest to it: {', '.join(pairs)}."
 
 
-def _open_adapters(options: BuildOptions, source: Source) -> tuple[Adapter, ...]:
+def _open_adapters(options: BuildOptions, source: Source, made: Made) -> tuple[Adapter, ...]:
     adapters = tuple(fitted(read_adapter(text), source.model_id, source.tensors) for text in options.adapters)
     for adapter in adapters:
         check_carried(adapter.path, legal_files(adapter.path))
@@ -114,11 +127,16 @@ def _open_adapters(options: BuildOptions, source: Source) -> tuple[Adapter, ...]
         if counts[adapter.name.casefold()] > 1:
             raise UsageError(f"Two adapters are called {adapter.name}, by which they are told apart; rename a folder.")
     if options.adapter_mode == RUNTIME:
-        _check_runtime(options, adapters)
+        _check_runtime(options, adapters, made)
     return adapters
 
 
-def _check_runtime(options: BuildOptions, adapters: tuple[Adapter, ...]) -> None:
+def _check_runtime(options: BuildOptions, adapters: tuple[Adapter, ...], made: Made) -> None:
+    if made.backend != ONNXRUNTIME:
+        raise UsageError(
+            "--adapter-mode runtime is for ONNX Runtime, while TensorRT's engines have their weights fixed: use "
+            "--adapter-mode merge, or --backend onnxruntime."
+        )
     if not options.adapters:
         raise UsageError("--adapter-mode runtime keeps adapters beside the weights; name them with --adapter.")
     for adapter in adapters:

@@ -6,13 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..errors import LlamaExportError, UsageError
+from ..optimize import policy
+from ..optimize.policy import Policy
 from ..runtime.bundle import CPU_PROVIDER, CUDA_PROVIDER
 from .devices import Target
-from .names import ONNXRUNTIME, PRODUCTS, TENSORRT, listed
+from .names import ONNXRUNTIME, PRODUCTS, TENSORRT, TENSORRT_RTX, listed
 from .tensorrt import CALIBRATABLE, Release, release_of
 
 DEVICE_PYTHON = (3, 10)
 """The oldest Python that the runtime runs on."""
+
+BLOCKS_SINCE = 21
+"""The opset whose DequantizeLinear has blocks."""
 
 ORT_DIALECT, ORT_OPSET = "ort", 21
 ORT_PRECISIONS = ("fp32", "fp16", "int8", "int4")
@@ -39,6 +44,16 @@ class Made:
     precisions: tuple[str, ...]
     summary: str
     notes: tuple[str, ...]
+
+    def policy(self, *, calibrated: bool = False) -> Policy:
+        """The formats of weights that its graph can hold; `calibrated`: where activations are quantised too."""
+        if self.backend == ONNXRUNTIME:
+            return policy.ORT
+        if self.backend == TENSORRT_RTX:
+            found = policy.TENSORRT_RTX
+        else:
+            found = policy.TENSORRT_8 if self.opset < BLOCKS_SINCE else policy.TENSORRT
+        return found.calibrated() if calibrated else found
 
     @property
     def on_cpu(self) -> bool:

@@ -1,0 +1,81 @@
+"""What is particular to each dialect when a bundle of it is made: lowering its graph, and what the manifest says of it.
+
+Imports of the passes are inside functions: they take seconds, and only building needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from .optimize.plan import column_orders
+from .optimize.requirements import WINDOW_MINIMUM_ONNXRUNTIME
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from .optimize.tensors import Float32
+    from .optimize.trt.linear import InputScale
+    from .planning import BuildPlan
+
+SHIPPED_ACCURACY_LEVEL = {"float32": 4, "float16": 0}
+"""MatMulNBits' accuracy_level by activations: on the CPU int8 activations run at the speed of memory."""
+
+
+def lower(model: ir.Model, plan: BuildPlan, rotary: tuple[Float32, Float32], inputs: Mapping[str, InputScale]) -> None:
+    """Lower the canonical graph to the plan's dialect, in place.
+
+    rotary: tables of cos and sin [context, head_dim / 2]. inputs: scales of what projections read, by weight, empty
+    where that is not quantised.
+    """
+    {"ort": _lower_ort, "trt": _lower_trt, "trt-primitive": _lower_primitive}[plan.made.dialect](
+        model, plan, rotary, inputs
+    )
+
+
+def _lower_ort(
+    model: ir.Model, plan: BuildPlan, rotary: tuple[Float32, Float32], inputs: Mapping[str, InputScale]
+) -> None:
+    from .optimize.ort import OrtOptions, lower  # noqa: PLC0415
+
+    assert not inputs, "ONNX Runtime's kernels round activations by themselves"
+    adapted = {name for adapter in plan.beside for name in adapter.parts}
+    level = SHIPPED_ACCURACY_LEVEL[plan.made.activations]
+    orders = column_orders(plan.source.tensors, plan.formats)
+    lower(model, OrtOptions(plan.formats, rotary, level, orders, adapted))
+
+
+def _lower_trt(
+    model: ir.Model, plan: BuildPlan, rotary: tuple[Float32, Float32], inputs: Mapping[str, InputScale]
+) -> None:
+    from .optimize.trt import TrtOptions, lower  # noqa: PLC0415
+
+    orders = column_orders(plan.source.tensors, plan.formats)
+    lower(model, TrtOptions(plan.formats, rotary, orders, inputs))
+
+
+def _lower_primitive(
+    model: ir.Model, plan: BuildPlan, rotary: tuple[Float32, Float32], inputs: Mapping[str, InputScale]
+) -> None:
+    from .optimize.primitive import PrimitiveOptions, lower  # noqa: PLC0415
+
+    orders = column_orders(plan.source.tensors, plan.formats)
+    lower(model, PrimitiveOptions(plan.formats, rotary, plan.made.opset, orders, inputs))
+
+
+def minimum_versions(plan: BuildPlan) -> dict[str, str]:
+    """The lowest versions that run the bundle on a CPU, for the manifest."""
+    from .runtime.session import LEAST  # noqa: PLC0415
+
+    slides = plan.source.shape.window_in(plan.context.context) is not None
+    window = slides and plan.made.dialect == "ort"  # the other dialects have it in their mask
+    return {"python": "3.10", "onnxruntime": WINDOW_MINIMUM_ONNXRUNTIME if window else LEAST[plan.made.dialect]}
+
+
+def cache_head_dim(plan: BuildPlan) -> int:
+    """The head dimension that the cache has, padded where the dialect's kernels do not take the model's."""
+    from .optimize.ort import odd_heads as ort  # noqa: PLC0415
+    from .optimize.trt import odd_heads as trt  # noqa: PLC0415
+
+    padded = {"ort": ort.cache_head_dim, "trt": trt.cache_head_dim, "trt-primitive": int}
+    return padded[plan.made.dialect](plan.source.shape.head_dim)
