@@ -81,7 +81,8 @@ class Source:
         return parse_object(self.content(name), f"The {name} of {self.model_id}")
 
 
-_HUB_FILE = re.compile(r"(?P<repo>[^/:]+/[^/:]+):(?P<file>(?!.*\.\.)[^:/][^:]*\.gguf)", re.IGNORECASE)
+HUB_FILE = re.compile(r"(?P<repo>[^/:]+/[^/:]+):(?P<file>(?!.*\.\.)[^:/][^:]*\.gguf)", re.IGNORECASE)
+"""A GGUF file of a repository on the hub."""
 
 
 def open_source(
@@ -110,8 +111,8 @@ def open_source(
             f"{model[:200]} cannot be read: {reason}; name a folder, a GGUF file or a hub id."
         ) from error
     if source is None:
-        if _looks_like_path(model) and not _HUB_FILE.fullmatch(model):
-            raise UsageError(_no_such_path(path))
+        if looks_like_path(model) and not HUB_FILE.fullmatch(model):
+            raise UsageError(no_such_path(path))
         source = _open_hub(model, HubOptions(revision, token, cache_dir, progress or Silent()))
     source = replace(source, tensors=check_tensors(source.config, source.tensors))
     _ = source.tokens  # what is wrong with the tokenizer is told now, not after the weights
@@ -136,7 +137,7 @@ def _open_hub(model: str, options: HubOptions) -> Source:
     from .folder import open_folder, read_config  # noqa: PLC0415
     from .gguf.source import open_gguf  # noqa: PLC0415
 
-    if match := _HUB_FILE.fullmatch(model):
+    if match := HUB_FILE.fullmatch(model):
         download = download_file(match["repo"], match["file"], options)
         return replace(open_gguf(download.path), model_id=model, revision=download.revision)
     try:
@@ -157,11 +158,13 @@ def _nor_here(path: Path) -> str:
     return f" Nor is there a folder {path} here.{did_you_mean(path.name, names)}"
 
 
-def _looks_like_path(model: str) -> bool:
+def looks_like_path(model: str) -> bool:
+    """Whether a name that is not here was meant as a path rather than as a hub id."""
     return model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model or model.endswith(".gguf")
 
 
-def _no_such_path(path: Path) -> str:
+def no_such_path(path: Path) -> str:
+    """The sentence about a path that is not here, with the closest name beside it."""
     parent = path.parent
     if not parent.is_dir():
         return f"There is no {path}, since there is no folder {parent}; name a folder, a GGUF file or a hub id."

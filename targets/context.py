@@ -225,8 +225,8 @@ def _does_not_fit(target: Target, load: Load, context: int) -> str:
     needed, weights = size(needed_bytes(load, context)), size(needed_bytes(load, 0))
     return (
         f"The model does not fit {target.name}: with a context of {context} tokens it takes {needed} "
-        f"(weights {weights}), which is above the {budget_text(target)}; choose a smaller --precision, a larger --target, "
-        f"or give --force to build it anyway."
+        f"(weights {weights}), which is above the {budget_text(target)}; choose a smaller --precision, "
+        f"a larger --target, or give --force to build it anyway."
     )
 
 

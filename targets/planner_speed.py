@@ -2,8 +2,8 @@
 
 Writing one token reads every weight but the embedding once, and the keys and values before it, so memory bandwidth
 bounds it; reading a prompt takes products whose rate bounds it. Neither is reached in full, so every prediction is a
-range between two efficiencies, whose reasons stand beside them. `planner_published.toml` holds what others measured, and
-a test holds the two together.
+range between two efficiencies, whose reasons stand beside them. `planner_published.toml` holds what others measured,
+and a test holds the two together.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from .devices import GB, Peak, Target
 
 BANDWIDTH_EFFICIENCY = (0.60, 0.90)
-"""Of the memory's bandwidth, reached while weights are read for one token. Published decode speeds come to 60 to 86 % of
-weights alone over bandwidth; once keys, values and the pauses between kernels are counted apart, as here, the best reach
-86 to 89 % (see `planner_published.toml`).
+"""Of the memory's bandwidth, reached while weights are read for one token. Published decode speeds come to 60 to 86 %
+when weights alone are counted; once keys, values and the pauses between kernels are counted apart, as here, the best
+reach 86 to 89 % (see `planner_published.toml`).
 """
 
 LAYER_OVERHEAD_SECONDS = (40e-6, 9e-6)

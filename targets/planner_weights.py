@@ -7,9 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..optimize.formats import EMBEDDING, HEAD, Format, stored_bytes
+from ..optimize.policy import ORT, TENSORRT, TENSORRT_8, TENSORRT_RTX, Policy
 from ..optimize.tensors import SourceTensor
+from .made import ORT_DIALECT, Made
+from .names import ONNXRUNTIME
+from .names import TENSORRT_RTX as RTX
 
-ONNXRUNTIME_DIALECT = "ort"
+_BLOCKED_OPSET = 21
+"""The first opset whose DequantizeLinear has blocks."""
 
 
 @dataclass(frozen=True)
@@ -30,20 +35,28 @@ class Weights:
         return sum(self.stored.values())
 
 
+def policy_of(made: Made, *, calibrated: bool = False) -> Policy:
+    """Which formats the graph of a bundle can hold; calibrated: what projections read is quantised too."""
+    if made.backend == ONNXRUNTIME:
+        return ORT
+    engines = TENSORRT_RTX if made.backend == RTX else TENSORRT if made.opset >= _BLOCKED_OPSET else TENSORRT_8
+    return engines.calibrated() if calibrated else engines
+
+
 def weights_of(
     tensors: Mapping[str, SourceTensor], formats: Mapping[str, Format], dialect: str, number_bytes: int
 ) -> Weights:
     """Count the weights of a graph of `dialect` whose tensors are stored in `formats`.
 
-    number_bytes: of a number in the dtype of activations, which scales have too. A TensorRT graph holds a tied embedding
-    that is quantised twice, since a product reads it by columns and a look-up by rows.
+    number_bytes: of a number in the dtype of activations, which scales have too. A TensorRT graph holds a tied
+    embedding that is quantised twice, since a product reads it by columns and a look-up by rows.
     """
     stored: Counter[str] = Counter()
     read = multiplied = 0
     for name, tensor in tensors.items():
         size = _bytes(tensor.shape, formats[name], dialect, number_bytes)
         is_embedding, tied = name == EMBEDDING, HEAD not in tensors
-        twice = is_embedding and tied and formats[name].quantised and dialect != ONNXRUNTIME_DIALECT
+        twice = is_embedding and tied and formats[name].quantised and dialect != ORT_DIALECT
         rows = stored_bytes(tensor.shape, formats[name], number_bytes)
         stored[formats[name].name] += rows + size if twice else rows if is_embedding and not tied else size
         if not is_embedding or tied:
@@ -54,6 +67,6 @@ def weights_of(
 
 def _bytes(shape: tuple[int, ...], format: Format, dialect: str, number_bytes: int) -> int:
     """Bytes of one copy that a product reads: TensorRT's hold an even number of the checkpoint's rows in 4 bits."""
-    if dialect != ONNXRUNTIME_DIALECT and len(shape) > 1 and format.quantised and format.bits < 8:
+    if dialect != ORT_DIALECT and len(shape) > 1 and format.quantised and format.bits < 8:
         shape = (shape[0] + shape[0] % 2, *shape[1:])
     return stored_bytes(shape, format, number_bytes)
