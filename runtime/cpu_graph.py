@@ -29,6 +29,11 @@ def for_cpu(graph: bytes, weights: Mapping[str, Initializer], *, exact: bool) ->
     return graph if nodes == before else with_nodes(graph, nodes, _OPSETS)
 
 
+def rounds_activations(graph: bytes) -> bool:
+    """Whether the graph itself rounds activations to 8 bits."""
+    return any(node.op == "QuantizeLinear" for node in read_nodes(graph))
+
+
 def rows_before_values(nodes: Sequence[Node], weights: Mapping[str, Initializer]) -> Iterable[Node]:
     """Dequantise the rows that an embedding looks up instead of the whole table, which takes seconds a token."""
     uses = _uses(nodes)

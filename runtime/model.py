@@ -10,14 +10,13 @@ from typing import Any, Generic, TypeVar
 
 from ..errors import UsageError
 from .adapters import adapter_named
-from .backend import OnnxRuntimeBackend
 from .bundle import Bundle, open_bundle
 from .chat import ChatTemplate, Message, load_chat_template
+from .choice import choose_backend, open_backend
 from .conversation import Conversation
 from .generate import GenerationOptions, Result, Stream, TokenCache
 from .hashes import check_files
 from .sequence import Backend
-from .session import import_onnxruntime
 from .text import Tokenizer
 
 T = TypeVar("T")
@@ -26,6 +25,7 @@ T = TypeVar("T")
 def load(
     path: str | os.PathLike[str],
     *,
+    backend: str | None = None,
     threads: int | None = None,
     check_hashes: bool = False,
     chat: bool = False,
@@ -33,26 +33,37 @@ def load(
 ) -> Model:
     """Open the bundle in the folder `path` and load its model.
 
-    threads: to compute with; default, the physical cores. check_hashes: read every file again to compare it with the
-    manifest, even if this was done before and nothing has changed since. chat: load the chat template as well, while
-    the model loads; otherwise its first use does. adapter: the name of one that the bundle has to choose from, see
-    `Model.use_adapter`. Raises UsageError when there is no such folder or adapter, or `threads` is out of range,
-    LlamaExportError when the bundle is damaged, cannot run here, or lacks the template that `chat` asks for.
+    backend: what computes, a name of `bundle.BACKENDS`; default, the engine for this GPU where there is one, else ONNX
+    Runtime, and `Model.backend_note` says why. threads: to compute with; default, the physical cores. check_hashes:
+    read every file again to compare it with the manifest, even if this was done before and nothing has changed since.
+    chat: load the chat template as well, while the model loads; otherwise its first use does. adapter: the name of one
+    that the bundle has to choose from, see `Model.use_adapter`. Raises UsageError when there is no such folder, backend
+    or adapter, or `threads` is out of range, LlamaExportError when the bundle is damaged, cannot run here, or lacks the
+    template that `chat` asks for.
     """
     started = time.perf_counter()
     bundle = open_bundle(path)
     if adapter is not None:
         adapter_named(bundle, adapter)
-    import_onnxruntime(bundle.manifest)  # not in the thread: there it waits for Python's lock while a tokenizer is read
+    # Not in the thread: there its imports wait for Python's lock while a tokenizer is read.
+    choice = choose_backend(bundle, backend)
     check_files(bundle, force=check_hashes)
-    backend = _InThread(lambda: OnnxRuntimeBackend(bundle, threads=threads, adapter=adapter))
+    opening = _InThread(lambda: open_backend(bundle, choice, threads=threads, adapter=adapter))
     try:
         tokenizer = Tokenizer.load(bundle.file("tokenizer.json"), bundle.manifest.tokens)
         template = load_chat_template(bundle) if chat else None
     finally:
-        backend.wait()
-    seconds = time.perf_counter() - started
-    return Model(bundle, backend.result(), tokenizer, chat_template=template, load_seconds=seconds, adapter=adapter)
+        opening.wait()
+    opened, seconds = opening.result(), time.perf_counter() - started
+    return Model(
+        bundle,
+        opened.backend,
+        tokenizer,
+        chat_template=template,
+        load_seconds=seconds,
+        adapter=adapter,
+        backend_note=opened.note,
+    )
 
 
 class Model:
@@ -72,9 +83,13 @@ class Model:
         chat_template: ChatTemplate | None = None,
         load_seconds: float = 0.0,
         adapter: str | None = None,
+        backend_note: str | None = None,
     ) -> None:
-        """chat_template: the bundle's, if it is loaded already. adapter: the one that the backend has."""
+        """chat_template: the bundle's, if it is loaded already. adapter: the one that the backend has. backend_note:
+        why it is not what the bundle is made for.
+        """
         self.bundle = bundle
+        self.backend_note = backend_note
         self.tokenizer = tokenizer
         self.load_seconds = load_seconds
         self._backend = backend

@@ -1,9 +1,9 @@
 """Replaying the reference inside a bundle: does this machine compute what PyTorch computed?
 
 Three questions, each with its own gates. Are the stored weights bit for bit those that PyTorch used? Does the graph,
-with kernels that compute in full precision, give PyTorch's logits? And do the kernels that ship (int8 activations
-inside MatMulNBits) stay close to those full-precision ones? The last cannot see small faults, whose effect drowns in
-its own noise, which is why the first two are asked apart.
+with kernels that compute in full precision, give PyTorch's logits? And does what will really run (kernels with int8
+activations inside, or an engine of TensorRT) stay close to those full-precision ones? The last cannot see small faults,
+whose effect drowns in its own noise, which is why the first two are asked apart.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,12 +20,15 @@ from ..progress import Progress
 from .backend import OnnxRuntimeBackend
 from .batch import BatchReplay
 from .bundle import Bundle
+from .choice import Choice, choose_backend, open_backend
+from .cpu_graph import rounds_activations
 from .hashes import differing_files
-from .onnx_file import with_accuracy_level
 from .parity import Comparison, compare
 from .reference import Logits, Reference, compress, load_reference
+from .sequence import Backend
 from .session import engine_name, import_onnxruntime, read_graph
 from .threads import choose_threads
+from .verdict import Check, Gate, Verdict
 from .weights import WeightDifference, compare_matrices, compare_weights
 
 _TOLD = 5  # of the things that differ
@@ -53,104 +56,36 @@ LIMITS: Mapping[str, GateLimits] = {
 }
 """By the dtype of activations and cache."""
 
+
+@dataclass(frozen=True)
+class RunLimits:
+    """Of what really runs against the full-precision kernels, as of `GateLimits`."""
+
+    kl: float
+    agreement: float
+
+
+ENGINE_LIMITS = RunLimits(kl=0.01, agreement=0.95)
+"""Of an engine: it computes in float16 what the full-precision kernels do, and rounds no activations to 8 bits."""
+ROUNDED_LIMITS = RunLimits(kl=1.0, agreement=0.5)
+"""Where the graph itself rounds activations to 8 bits, by scales that one text was enough to find: a price more than an
+error, so that only what is broken is told apart from it.
+"""
+
 _HALF_AS_LIKELY = float(np.log(2))
 
 
-@dataclass(frozen=True)
-class Gate:
-    """One figure and what it may be: at most `limit`, or at least where `at_least`."""
-
-    name: str
-    measured: float
-    limit: float
-    at_least: bool = False
-
-    @property
-    def passed(self) -> bool:
-        return bool(self.measured >= self.limit if self.at_least else self.measured <= self.limit)
-
-    def __str__(self) -> str:
-        mark = "ok  " if self.passed else "FAIL"
-        return (
-            f"{mark} {self.name}: {self.measured:.3g} ({'at least' if self.at_least else 'at most'} {self.limit:.3g})"
-        )
-
-
-@dataclass(frozen=True)
-class Check:
-    """One question: a title, its gates, and what else is worth saying."""
-
-    title: str
-    gates: tuple[Gate, ...]
-    details: tuple[str, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        return all(gate.passed for gate in self.gates)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """longest: tokens of the longest text that was replayed; notes: the manifest's."""
-
-    bundle: str
-    backend: str
-    positions: int
-    checks: tuple[Check, ...]
-    seconds: float
-    longest: int
-    notes: tuple[str, ...]
-
-    @property
-    def passed(self) -> bool:
-        return all(check.passed for check in self.checks)
-
-    def lines(self) -> list[str]:
-        """The verdict for people."""
-        lines = [f"{self.bundle} on {self.backend}, {self.positions} positions, {self.seconds:.1f} s"]
-        for check in self.checks:
-            lines += ["", check.title, *(f"  {gate}" for gate in check.gates), *(f"  {text}" for text in check.details)]
-        failed = [f"{check.title}: {gate.name}" for check in self.checks for gate in check.gates if not gate.passed]
-        told = [
-            f"Texts of {self.longest} tokens were replayed; docs/parity.md tells what they cannot reach.",
-            *self.notes,
-        ]
-        return [*lines, "", *told, "", f"FAILED: {'; '.join(failed)}" if failed else "passed"]
-
-    def to_json(self) -> dict[str, object]:
-        """The verdict for programs; infinite figures (NaN logits) are null."""
-        checks = []
-        for check in self.checks:
-            gates = [
-                {
-                    **asdict(gate),
-                    "measured": gate.measured if np.isfinite(gate.measured) else None,
-                    "passed": gate.passed,
-                }
-                for gate in check.gates
-            ]
-            checks.append({"title": check.title, "gates": gates, "details": list(check.details)})
-        return {
-            "schema_version": 1,
-            "bundle": self.bundle,
-            "backend": self.backend,
-            "positions": self.positions,
-            "seconds": round(self.seconds, 3),
-            "passed": self.passed,
-            "checks": checks,
-            "longest": self.longest,
-            "notes": list(self.notes),
-        }
-
-
-def verify(bundle: Bundle, *, check_hashes: bool, threads: int | None, progress: Progress) -> Verdict:
+def verify(
+    bundle: Bundle, *, check_hashes: bool, threads: int | None, progress: Progress, backend: str | None = None
+) -> Verdict:
     """Replay the bundle's reference here and compare.
 
-    Raises UsageError when `threads` is out of range, and LlamaExportError when the bundle cannot be compared at all:
-    it needs another ONNX Runtime, or has no reference. Where files differ from the manifest, that is the verdict.
+    backend: as of `choose_backend`. Raises UsageError when it is none for this bundle or `threads` is out of range, and
+    LlamaExportError when the bundle cannot be compared at all: it needs another ONNX Runtime, or has no reference.
+    Where files differ from the manifest, that is the verdict.
     """
-    began, threads = time.perf_counter(), choose_threads(threads)
-    backend = engine_name(import_onnxruntime(bundle.manifest), bundle.manifest)
+    began = time.perf_counter()
+    run = _Run(bundle, choose_threads(threads), choose_backend(bundle, backend), progress)
     checks, positions, longest = [], 0, 0
     if check_hashes:
         progress.stage("Checking the files' hashes")
@@ -159,43 +94,90 @@ def verify(bundle: Bundle, *, check_hashes: bool, threads: int | None, progress:
         reference = load_reference(bundle.path)
         positions = len(reference.logits.logsumexp)
         longest = max(len(prompt.ids) for prompt in reference.index.prompts)
-        for check in _replays(bundle, reference, progress, threads):
+        for check in run.replays(reference):
             checks.append(check)  # noqa: PERF402 (an error leaves those before it)
     except LlamaExportError as error:
         if all(check.passed for check in checks):
             raise
         checks.append(Check("Not compared any further", (), (str(error),)))
     seconds = time.perf_counter() - began
-    notes = bundle.manifest.notes
-    return Verdict(str(bundle.path), backend, positions, tuple(checks), seconds, longest, notes)
+    return Verdict(str(bundle.path), run.name, positions, tuple(checks), seconds, longest, run.notes)
 
 
-def _replays(bundle: Bundle, reference: Reference, progress: Progress, threads: int) -> Iterator[Check]:
-    """The checks against the reference, each as soon as it is made."""
-    progress.stage("Comparing the stored weights")
-    yield _weights(bundle, reference, progress, threads)
-    limits = LIMITS[bundle.manifest.shape.cache_dtype]
-    exact = with_accuracy_level(read_graph(bundle), 0)
-    progress.stage("Replaying with full-precision kernels")
-    compared, kept = _replay_exact(bundle, exact, reference, threads)
-    yield _full_precision(compared, reference, limits)
-    progress.stage("Replaying with the kernels that ship")
-    backend = OnnxRuntimeBackend(bundle, threads=threads)
-    yield _shipped(_replay_shipped(backend, reference, kept), limits)
-    for adapter in bundle.manifest.choices:
-        progress.stage(f"Replaying with the adapter {adapter.name}")
-        yield from _adapter(bundle, adapter.name, backend, exact, threads)
+class _Run:
+    """One verification: of which bundle, and with what it computes."""
+
+    def __init__(self, bundle: Bundle, threads: int, choice: Choice, progress: Progress) -> None:
+        self.bundle, self.threads, self.choice, self.progress = bundle, threads, choice, progress
+        self.limits = LIMITS[bundle.manifest.shape.cache_dtype]
+        self.notes = (*bundle.manifest.notes, *((choice.note,) if choice.note else ()))
+        engine = choice.engine
+        self.name = f"{engine.module} {engine.version}" if engine else _onnxruntime(bundle)
+
+    def replays(self, reference: Reference) -> Iterator[Check]:
+        """The checks against the reference, each as soon as it is made."""
+        self.progress.stage("Comparing the stored weights")
+        yield _weights(self.bundle, reference, self.progress, self.threads)
+        graph, exact = read_graph(self.bundle), _by_prompt(reference)
+        missing = self._no_onnxruntime()
+        if missing is None:
+            self.progress.stage("Replaying with full-precision kernels")
+            compared, exact = _replay_exact(self.bundle, graph, reference, self.threads)
+            yield _full_precision(compared, reference, self.limits)
+        self.progress.stage(
+            "Replaying with the engine" if self.choice.engine else "Replaying with the kernels that ship"
+        )
+        # An engine that does not load is an error here, not a reason to take another backend.
+        backend = open_backend(self.bundle, replace(self.choice, asked=True), threads=self.threads).backend
+        self.name = backend.name
+        yield self._real(graph, _replay_real(backend, reference, exact), missing)
+        if isinstance(backend, OnnxRuntimeBackend):
+            for adapter in self.bundle.manifest.choices:
+                self.progress.stage(f"Replaying with the adapter {adapter.name}")
+                yield from self._adapter(adapter.name, backend, graph)
+
+    def _no_onnxruntime(self) -> str | None:
+        """Why the full-precision kernels cannot be asked on a device whose engine can; None where they can."""
+        if self.choice.engine is None:
+            return None
+        try:
+            _onnxruntime(self.bundle)
+        except LlamaExportError as error:
+            return str(error)
+        return None
+
+    def _real(self, graph: bytes, compared: Comparison, missing: str | None = None) -> Check:
+        """missing: why PyTorch's logits take the place of the full-precision kernels', None where they do not."""
+        limits = RunLimits(self.limits.shipped_kl, self.limits.shipped_agreement)
+        if rounds_activations(graph):
+            limits = ROUNDED_LIMITS
+        elif self.choice.engine is not None:
+            limits = ENGINE_LIMITS
+        what = "Shipped kernels, cache in place" if self.choice.engine is None else f"Engine on {self.name}"
+        other = "the full-precision ones" if self.choice.engine is None else "the full-precision kernels"
+        if missing is not None:
+            other = "PyTorch on the same stored weights"
+        return _compared_run(f"{what}, against {other}", compared, limits, () if missing is None else (missing,))
+
+    def _adapter(self, name: str, backend: OnnxRuntimeBackend, graph: bytes) -> Iterator[Check]:
+        """The same questions of an adapter that lies beside the weights."""
+        reference = load_reference(self.bundle.path, name)
+        backend.use_adapter(name)
+        different = compare_matrices(backend.matrices, reference.index.weights)
+        yield _stored(f"Stored matrices of the adapter {name}", len(reference.index.weights), different)
+        compared, exact = _replay_exact(self.bundle, graph, reference, self.threads, name)
+        yield _named(_full_precision(compared, reference, self.limits), name)
+        yield _named(self._real(graph, _replay_real(backend, reference, exact)), name)
 
 
-def _adapter(bundle: Bundle, name: str, backend: OnnxRuntimeBackend, exact: bytes, threads: int) -> Iterator[Check]:
-    """The same questions of an adapter that lies beside the weights."""
-    limits, reference = LIMITS[bundle.manifest.shape.cache_dtype], load_reference(bundle.path, name)
-    backend.use_adapter(name)
-    different = compare_matrices(backend.matrices, reference.index.weights)
-    yield _stored(f"Stored matrices of the adapter {name}", len(reference.index.weights), different)
-    compared, kept = _replay_exact(bundle, exact, reference, threads, name)
-    yield _named(_full_precision(compared, reference, limits), name)
-    yield _named(_shipped(_replay_shipped(backend, reference, kept), limits), name)
+def _onnxruntime(bundle: Bundle) -> str:
+    """Its name; raises LlamaExportError as `import_onnxruntime` does."""
+    return engine_name(import_onnxruntime(bundle.manifest), bundle.manifest)
+
+
+def _by_prompt(reference: Reference) -> list[Logits]:
+    length = len(reference.index.prompts[0].ids)
+    return [reference.logits.rows(i * length, (i + 1) * length) for i in range(len(reference.index.prompts))]
 
 
 def _named(check: Check, adapter: str) -> Check:
@@ -248,7 +230,7 @@ def _replay_exact(
     return Comparison.joined(compared), [Logits.joined(parts) for parts in kept]
 
 
-def _replay_shipped(backend: OnnxRuntimeBackend, reference: Reference, exact: list[Logits]) -> Comparison:
+def _replay_real(backend: Backend, reference: Reference, exact: list[Logits]) -> Comparison:
     """Prompt by prompt with the cache in place, as `run` does: prefill in two pieces, then token by token; compared
     with what the full-precision kernels gave.
     """
@@ -291,14 +273,15 @@ def _full_precision(compared: Comparison, reference: Reference, limits: GateLimi
     )
 
 
-def _shipped(compared: Comparison, limits: GateLimits) -> Check:
+def _compared_run(title: str, compared: Comparison, limits: RunLimits, details: tuple[str, ...]) -> Check:
     agreeing = float((compared.shortfall <= _HALF_AS_LIKELY).mean())
     same = float((compared.shortfall == 0).mean())
+    told = f"same argmax at {same:.1%} of positions; largest difference {compared.difference.max(initial=0):.3g}"
     return Check(
-        "Shipped kernels, cache in place, against the full-precision ones",
+        title,
         (
-            Gate("mean KL divergence", float(compared.kl.mean()), limits.shipped_kl),
-            Gate("share of positions that agree on a likely token", agreeing, limits.shipped_agreement, at_least=True),
+            Gate("mean KL divergence", float(compared.kl.mean()), limits.kl),
+            Gate("share of positions that agree on a likely token", agreeing, limits.agreement, at_least=True),
         ),
-        (f"same argmax at {same:.1%} of positions; largest difference {compared.difference.max(initial=0):.3g}",),
+        (told, *details),
     )
