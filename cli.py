@@ -69,9 +69,18 @@ def main() -> None:
 @click.option(
     "--any-base", is_flag=True, help="Take adapters whatever model they name as the one they were trained on."
 )
+@click.option("--jetpack", metavar="VERSION", help="Of a Jetson, from 6.0 to 7.2; default: the target's own.")
+@click.option("--backend", metavar="NAME", help="onnxruntime, tensorrt or tensorrt-rtx, where the target has several.")
+@click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path),
+    help="A text to find the scales of 8-bit activations with, for int8 and fp8 on TensorRT.",
+)
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Where downloads are kept; default: below HF_HOME.")
 @click.option("--no-reference", is_flag=True, help="Leave out PyTorch's answers: quicker, but `verify` cannot compare.")
-@click.option("--force", is_flag=True, help="Replace a bundle that is there already.")
+@click.option(
+    "--force", is_flag=True, help="Replace a bundle that is there already, and build what will not fit the target."
+)
 @json_option
 @quiet_option
 def build(*, no_reference: bool, as_json: bool, quiet: bool, **options: Any) -> None:
@@ -112,6 +121,34 @@ def verify(bundle: Path, no_hash: bool, threads: int | None, json_file: Path | N
             json_file.write_text(text + "\n", encoding="utf-8")
     if not verdict.passed:
         raise SystemExit(1)
+
+
+@main.command()
+@click.option("-m", "--model", required=True, help="A folder, a GGUF file, a published Llama's name, or a hub id.")
+@click.option(
+    "-t", "--target", "targets", multiple=True, help="As for `build`; may be given several times; default: all."
+)
+@click.option("--precision", help="Of the weights; default: what `build` would take.")
+@click.option("--head-precision", help="Of the output head alone; default: as the others.")
+@click.option("--context", type=click.IntRange(1, 1 << 30), help="Most tokens; default: as many as fit.")
+@click.option("--batch", type=click.IntRange(1, 1 << 16), default=1, show_default=True, help="Most texts at once.")
+@click.option("--jetpack", help="Of a Jetson, such as 6.2.")
+@click.option("--backend", help="onnxruntime, tensorrt or tensorrt-rtx, where a target has several.")
+@click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option("--token", help="Access token for the hub; default: HF_TOKEN.")
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="Where downloads are kept; default: below HF_HOME.")
+@json_option
+@quiet_option
+def plan(*, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Say whether a model fits, and how fast it would be; reads its config, and no weights."""
+    from .forecast import PlanOptions, forecast
+
+    with Terminal(quiet=quiet) as progress:
+        found = forecast(PlanOptions(**options), progress)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        echo_lines(found.lines())
 
 
 @main.command()

@@ -15,15 +15,16 @@ from .export.lora.merge import base_mismatch, fitted, merged
 from .export.lora.peft_folder import Adapter, read_adapter
 from .export.lora.sizes import numbers_beside
 from .export.source import Source, open_source
-from .optimize.formats import Format, stored_bytes
-from .optimize.plan import has_wide_head, head_of, plan_formats
-from .optimize.quantise import dense_format
+from .optimize.formats import Format
+from .optimize.plan import has_wide_head, head_of
 from .optimize.tensors import SourceTensor
 from .progress import Progress
 from .runtime.bundle import ONNXRUNTIME
-from .targets.context import CACHE_BYTES, ContextChoice, Load, choose_context
+from .targets.context import CACHE_BYTES, ContextChoice
 from .targets.devices import Target
 from .targets.made import Made, check_precision, what_is_made
+from .targets.planner import Assessment, Model, Wish, assess
+from .targets.planner_text import context_choice, precision_note
 
 _WIDE_HEAD = (
     "{head} stays {format}, as the checkpoint has it; the CPU widens it to float32 and reads it whole for each token: "
@@ -74,33 +75,40 @@ def plan_build(options: BuildOptions, target: Target, progress: Progress) -> Bui
     adapters, merge = _open_adapters(options, source, made), options.adapter_mode == MERGE
     if merge:
         source = source.with_other(tensors=merged(source.tensors, adapters))
-    keeps_own = options.precision is None and source.native_precision is not None
-    precision = None if keeps_own else options.precision or target.default_precision
-    calibrated = options.calibrate is not None
-    if precision is not None:
-        check_precision(target, made, precision, calibrated)
-    formats = plan_formats(source.tensors, precision, options.head_precision, made.policy(calibrated=calibrated))
-    if precision is None:
+    beside = _bytes_beside(() if merge else adapters, source, made)
+    found = _assessed(options, target, made, source, beside)
+    formats, keeps_own = found.formats, options.precision is None and source.native_precision is not None
+    if (note := precision_note(found)) is not None:
+        source = source.with_other(notes=(*source.notes, note))
+    if keeps_own:
         source = source.with_other(notes=(*source.notes, _kept(source.tensors, formats)))
-    if precision is None and made.on_cpu and has_wide_head(source.tensors, formats):
+    if keeps_own and made.on_cpu and has_wide_head(source.tensors, formats):
         head = head_of(source.tensors)
         note = _WIDE_HEAD.format(head=head, format=formats[head].name)
         source = source.with_other(notes=(*source.notes, note))
-    weights, beside = _weight_bytes(source, formats, made), _bytes_beside(() if merge else adapters, source, made)
-    loaded = weights + Counter({dense_format(made.activations).name: max(beside, default=0)})  # one at a time
-    load = Load(source.shape, loaded, made.activations, made.on_cpu, options.batch)
-    context = choose_context(target, load, source.shape.max_positions, options.context, source.shape.longest)
-    named, stored = precision or str(source.native_precision), weights.total() + sum(beside)
+    context, stored = context_choice(found, force=options.force), found.weights.total + sum(beside)
     text = calibration_text(source, options.calibrate, context.context) if options.calibrate else None
-    return BuildPlan(source, adapters, merge, target, made, named, formats, stored, context, options.batch, text)
+    return BuildPlan(
+        source, adapters, merge, target, made, found.precision, formats, stored, context, options.batch, text
+    )
 
 
-def _weight_bytes(source: Source, formats: Mapping[str, Format], made: Made) -> Counter[str]:
-    """Bytes of the weights as stored, by the name of their format."""
-    weights: Counter[str] = Counter()
-    for name, tensor in source.tensors.items():
-        weights[formats[name].name] += stored_bytes(tensor.shape, formats[name], CACHE_BYTES[made.activations])
-    return weights
+def _assessed(options: BuildOptions, target: Target, made: Made, source: Source, beside: Sequence[int]) -> Assessment:
+    """What the planner finds. beside: bytes of each adapter that is loaded with the weights, one at a time."""
+    calibrated = options.calibrate is not None
+    wish = Wish(
+        options.precision,
+        options.head_precision,
+        options.context,
+        options.batch,
+        calibrated,
+        max(beside, default=0),
+    )
+    model = Model(source.model_id, source.shape, source.tensors, source.native_precision)
+    found = assess(target, made, model, wish)
+    if calibrated and options.precision is None:
+        check_precision(target, made, found.precision, calibrated)
+    return found
 
 
 def _bytes_beside(adapters: Sequence[Adapter], source: Source, made: Made) -> list[int]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..errors import LlamaExportError, UsageError
+from ..errors import UsageError
 from ..optimize.formats import BF16, FP16, FP32
 from ..tables import size
 from .devices import GB, Target
@@ -176,8 +176,7 @@ def choose_context(
     """The context of a bundle: `requested`, or the smaller of the model's own and what the target's memory allows.
 
     longest: most tokens that may be requested, where the model's rotary embedding stretches beyond `max_positions`.
-    Raises UsageError when `requested` is above these, and LlamaExportError when nothing was requested and the model
-    leaves no room even for a short text.
+    Raises UsageError when `requested` is above these.
     """
     if requested is not None:
         return _requested_context(target, load, longest or max_positions, requested)
@@ -187,15 +186,14 @@ def choose_context(
 def default_context(target: Target, load: Load, max_positions: int) -> ContextChoice:
     """The smaller of the model's `max_positions` and what fits the memory, then a multiple of 256.
 
-    Raises LlamaExportError when not even 256 tokens fit (or all of a model that knows fewer).
+    At least 256 tokens fit, or all of a model that knows fewer: `planner.assess` has seen to that.
     """
     context = largest_context(int(target.usable_gb * GB), load, max_positions)
     if context == max_positions:
         needed = needed_bytes(load, max_positions)
         reason = f"all that the model knows, which takes {size(needed)} of the {budget_text(target)}."
         return ContextChoice(max_positions, f"Context {max_positions:,} tokens: {reason}")
-    if context == 0:
-        raise LlamaExportError(_does_not_fit(target, load, min(STEP, max_positions)))
+    assert context, "the planner refuses what does not fit"
     weights, tokens = size(needed_bytes(load, 0)), size(_for_tokens(load))
     return ContextChoice(
         context,
@@ -219,15 +217,6 @@ def _requested_context(target: Target, load: Load, max_positions: int, requested
         f"it may not load there."
     )
     return ContextChoice(requested, reason, warning)
-
-
-def _does_not_fit(target: Target, load: Load, context: int) -> str:
-    needed, weights = size(needed_bytes(load, context)), size(needed_bytes(load, 0))
-    return (
-        f"The model does not fit {target.name}: with a context of {context} tokens it takes {needed} "
-        f"(weights {weights}), which is above the {budget_text(target)}; choose a smaller --precision, "
-        f"a larger --target, or give --force to build it anyway."
-    )
 
 
 def _for_tokens(load: Load, tokens: int = 1000) -> int:

@@ -20,7 +20,7 @@ from .made import Made, check_precision
 from .names import ONNXRUNTIME
 from .planner_engine import DESKTOP_BYTES, EngineBuild, engine_build
 from .planner_speed import USUAL_FILL, Range, Step, bandwidth, dense_tflops, step_rate
-from .planner_weights import Weights, policy_of, weights_of
+from .planner_weights import Weights, weights_of
 from .tensorrt import release_of
 
 USEFUL_CONTEXT = 2048
@@ -202,7 +202,7 @@ def _choices(target: Target, made: Made, wish: Wish, asked: str | None) -> list[
 
 
 def _candidate(target: Target, made: Made, model: Model, wish: Wish, precision: str | None) -> _Candidate:
-    policy = policy_of(made, calibrated=wish.calibrated)
+    policy = made.policy(calibrated=wish.calibrated)
     formats = plan_formats(model.tensors, precision, wish.head_precision, policy)
     number = CACHE_BYTES[made.activations]
     weights = weights_of(model.tensors, formats, made.dialect, number)

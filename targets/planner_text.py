@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ..errors import LlamaExportError
 from ..tables import columns, size
-from .context import budget_text
+from .context import ContextChoice, budget_text, choose_context
 from .names import PRODUCTS
-from .planner import DOES_NOT_FIT, FITS, Assessment, Model, Speeds, Wish
+from .planner import DOES_NOT_FIT, FITS, USEFUL_CONTEXT, Assessment, Model, Speeds, Wish
 from .planner_engine import DESKTOP_BYTES
 from .planner_speed import (
     BANDWIDTH_EFFICIENCY,
@@ -105,11 +106,30 @@ def refusal(one: Assessment) -> str:
     return f"{head}; choose a smaller --precision or a larger --target."
 
 
+def context_choice(one: Assessment, *, force: bool = False) -> ContextChoice:
+    """The context of a build, and why; force: also where nothing fits.
+
+    Raises LlamaExportError when nothing fits and `force` is not given.
+    """
+    shape, requested = one.model.shape, one.wish.context
+    if one.verdict != DOES_NOT_FIT:
+        return choose_context(one.target, one.load, shape.max_positions, requested, shape.longest)
+    if not force:
+        raise LlamaExportError(f"{one.model.name} on {one.target.name} {refusal(one)} --force builds it anyway.")
+    context, taken = requested or min(USEFUL_CONTEXT, shape.max_positions), size(one.need.total)
+    why = "as asked for" if requested else "although it does not fit"
+    return ContextChoice(
+        context,
+        f"Context {context:,} tokens, {why}.",
+        f"The model takes {taken}, which is above the {budget_text(one.target)}: it may not load there.",
+    )
+
+
 def precision_note(one: Assessment) -> str | None:
     """For `build`: that another precision than the target's default was taken, in one sentence."""
     if one.precision == one.asked:
         return None
-    wanted = f"{one.wish.context or min(2048, one.model.shape.max_positions):,}"
+    wanted = f"{one.wish.context or min(USEFUL_CONTEXT, one.model.shape.max_positions):,}"
     return (
         f"The weights are {one.precision} rather than {one.asked}, {one.target.name}'s default, with which a context "
         f"of {wanted} tokens does not fit the {budget_text(one.target)}."

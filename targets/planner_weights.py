@@ -7,14 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..optimize.formats import EMBEDDING, HEAD, Format, stored_bytes
-from ..optimize.policy import ORT, TENSORRT, TENSORRT_8, TENSORRT_RTX, Policy
 from ..optimize.tensors import SourceTensor
-from .made import ORT_DIALECT, Made
-from .names import ONNXRUNTIME
-from .names import TENSORRT_RTX as RTX
-
-_BLOCKED_OPSET = 21
-"""The first opset whose DequantizeLinear has blocks."""
+from .made import ORT_DIALECT
 
 
 @dataclass(frozen=True)
@@ -33,14 +27,6 @@ class Weights:
     @property
     def total(self) -> int:
         return sum(self.stored.values())
-
-
-def policy_of(made: Made, *, calibrated: bool = False) -> Policy:
-    """Which formats the graph of a bundle can hold; calibrated: what projections read is quantised too."""
-    if made.backend == ONNXRUNTIME:
-        return ORT
-    engines = TENSORRT_RTX if made.backend == RTX else TENSORRT if made.opset >= _BLOCKED_OPSET else TENSORRT_8
-    return engines.calibrated() if calibrated else engines
 
 
 def weights_of(
