@@ -41,12 +41,14 @@ class BuildStopped(Exception):  # noqa: N818 (no error: the user wanted it)
     """The build ended because it was told to."""
 
 
-def build_plan(graph: Path, recipe: Recipe, plan: Path, log_file: Path, cache: Path | None, phases: Phases) -> Built:
+def build_plan(
+    graph: Path, label: str, recipe: Recipe, plan: Path, log_file: Path, cache: Path | None, phases: Phases
+) -> Built:
     """Build the engine of `graph` and write it to `plan`; everything that the builder says goes to `log_file`.
 
-    cache: the timing cache, read where it is there and written after the build. Raises LlamaExportError that names
-    the node where the graph cannot be parsed, and `BuildStopped` when `phases` says so. A plan that was begun is left
-    to the caller.
+    label: what the engine is called. cache: the timing cache, read where it is there and written after the build.
+    Raises LlamaExportError that names the node where the graph cannot be parsed, and `BuildStopped` when `phases` says
+    so. A plan that was begun is left to the caller.
     """
     began = time.monotonic()
     log = BuildLog(log_file)
@@ -57,6 +59,7 @@ def build_plan(graph: Path, recipe: Recipe, plan: Path, log_file: Path, cache: P
         network = create_network(builder, recipe)
         _parse(network, log, graph)
         _check_inputs(network, recipe, graph)
+        network.name = label
         if not recipe.strongly_typed:
             log.note(f"{keep_float32(network, recipe.float32_layers)} layers stay in float32")
         config = create_config(builder, network, recipe, monitor(phases))

@@ -59,6 +59,7 @@ def _build(job: dict[str, Any], stop: threading.Event, tell: Any) -> dict[str, A
     try:
         built = build_plan(
             Path(job["graph"]),
+            job["label"],
             decode(Recipe, job["recipe"], "recipe"),
             Path(job["plan"]),
             Path(job["log"]),

@@ -33,9 +33,12 @@ _START = (
 
 @dataclass(frozen=True)
 class Job:
-    """What to build. graph: model.onnx, its weights beside it; plan, log: to write; timing_cache: to read and write."""
+    """What to build. graph: model.onnx, its weights beside it; label: what the engine is called, by which the runtime
+    knows it again; plan, log: to write; timing_cache: to read and write.
+    """
 
     graph: Path
+    label: str
     recipe: Recipe
     plan: Path
     log: Path

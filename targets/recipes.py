@@ -1,0 +1,64 @@
+"""The recipe of a target's engines: what `build` writes and every builder follows, here or on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..runtime.bundle import MODULES, TENSORRT_RTX, Limits, Shape
+from ..runtime.recipe import Recipe, profiles_of
+from .tensorrt import Release
+
+FLOAT32_LAYERS = ("/float32/",)
+"""In the names of nodes that compute in float32 whatever else the builder chooses: `optimize.graph.FLOAT32_SCOPE`."""
+
+OPTIMIZATION_LEVEL = 3
+"""TensorRT's own default; 4 and 5 try many more kernels, for hours on a small device."""
+
+_JETSON_WORKSPACE = 1 << 30
+"""What kernels may ask for while they are timed, on a device whose memory the CPU shares; elsewhere TensorRT's own."""
+
+_BASE_BYTES: Mapping[str, int] = {"tensorrt": 1_500_000_000, "tensorrt_rtx": 250_000_000}
+_PER_WEIGHT: Mapping[str, float] = {"tensorrt": 3.0, "tensorrt_rtx": 2.5}
+"""Bytes that a builder takes for itself whatever the model, and for each byte of weights beside the mapped file.
+
+Measured for TensorRT-RTX 1.7.1 (docs/performance.md). TensorRT has not been run: assumed are CUDA's context and the
+libraries of its kernels, and one more copy of the weights, which it holds on the GPU to time kernels.
+"""
+
+
+def recipe_for(
+    release: Release,
+    compute_capability: tuple[str, ...],
+    shape: Shape,
+    limits: Limits,
+    *,
+    weights: int,
+    quantises_activations: bool = False,
+    shared_memory: bool = False,
+) -> Recipe:
+    """How the engines of a bundle are built by `release` for GPUs of `compute_capability`.
+
+    weights: bytes of model.onnx.data. quantises_activations: the graph rounds what products read to int8 (W8A8), which
+    a network that is not strongly typed has to allow. shared_memory: the device's CPU and GPU use the same memory.
+    """
+    module = MODULES[release.backend]
+    weak = not release.strongly_typed
+    flags = ("FP16", *(("INT8",) if quantises_activations else ()), "PREFER_PRECISION_CONSTRAINTS")
+    workspace = _JETSON_WORKSPACE if shared_memory and release.backend != TENSORRT_RTX else 0
+    return Recipe(
+        module=module,
+        version=release.version,
+        compute_capability=compute_capability,
+        strongly_typed=release.strongly_typed,
+        flags=flags if weak else (),
+        float32_layers=FLOAT32_LAYERS if weak else (),
+        workspace_bytes=workspace,
+        optimization_level=OPTIMIZATION_LEVEL,
+        build_memory_bytes=build_memory(module, weights) + workspace,
+        profiles=profiles_of(release.dialect, shape, limits),
+    )
+
+
+def build_memory(module: str, weights: int) -> int:
+    """Bytes that building an engine takes for itself, an estimate. weights: bytes of model.onnx.data."""
+    return _BASE_BYTES[module] + round(_PER_WEIGHT[module] * weights)
