@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .doctor_engines import Engines, Finding, engine_rows, engine_verdicts, examine_engines
 from .installed import BASE, Package, installed_version, packages_by_extra, untested_versions
 from .runtime.bundle import CUDA_PROVIDER
 from .runtime.hashes import cache_folder
@@ -40,7 +41,7 @@ class OnnxRuntime:
 @dataclass(frozen=True)
 class Surroundings:
     """Everything that was looked at. cpus: logical ones, on `cores`; python: major, minor, micro; free: bytes by
-    folder; variables: only those set.
+    folder; variables: only those set; engines: None where nobody looked.
     """
 
     machine: Machine
@@ -54,19 +55,11 @@ class Surroundings:
     free: Mapping[str, int]
     variables: Mapping[str, str]
     settings_error: str | None
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a machine can or cannot do; remedy: what to do about it, empty when it can."""
-
-    able: bool
-    what: str
-    remedy: str = ""
+    engines: Engines | None = None
 
 
 def examine(settings_error: str | None = None) -> Surroundings:
-    """Look at this machine; imports onnxruntime, and nothing else that is heavy."""
+    """Look at this machine; imports onnxruntime, TensorRT and CUDA where they are, and nothing else that is heavy."""
     return Surroundings(
         machine=read_machine(),
         cpus=len(usable_cpus()),
@@ -79,12 +72,13 @@ def examine(settings_error: str | None = None) -> Surroundings:
         free=_free_space(),
         variables=_variables(os.environ),
         settings_error=settings_error,
+        engines=examine_engines(),
     )
 
 
 def verdicts(found: Surroundings) -> list[Finding]:
     """What this machine can do, then what is wrong with it."""
-    return [_build_verdict(found), *_run_verdicts(found), *_problems(found)]
+    return [_build_verdict(found), *_run_verdicts(found), *_engine_verdicts(found), *_problems(found)]
 
 
 def lines(found: Surroundings) -> list[str]:
@@ -160,6 +154,13 @@ def _run_verdicts(found: Surroundings) -> list[Finding]:
     return verdicts
 
 
+def _engine_verdicts(found: Surroundings) -> list[Finding]:
+    machine = found.machine
+    if found.engines is None:
+        return []
+    return engine_verdicts(found.engines, has_gpu=bool(machine.gpus), is_jetson=machine.jetson is not None)
+
+
 def _problems(found: Surroundings) -> list[Finding]:
     problems = []
     if found.both_runtimes:
@@ -212,6 +213,8 @@ def _software_rows(found: Surroundings) -> list[tuple[str, str]]:
         )
     if found.onnxruntime.version:
         rows.append(("ONNX Runtime", f"{found.onnxruntime.version}: {', '.join(found.onnxruntime.providers)}"))
+    if found.engines:
+        rows += engine_rows(found.engines)
     if found.untested:
         rows.append(("not tested", ", ".join(found.untested)))
     rows.extend(found.variables.items())

@@ -21,7 +21,7 @@ TensorRT before 10.0 has no INT64: its parser makes int64 inputs INT32 (TensorRT
 
 INSTALL: Mapping[str, str] = {
     "tensorrt": "on a Jetson it comes with JetPack (`sudo apt install python3-libnvinfer`, and a virtual environment "
-    "made with --system-site-packages), elsewhere `pip install 'llama-export[tensorrt]'`",
+    "made with --system-site-packages), elsewhere `pip install tensorrt`",
     "tensorrt_rtx": "`pip install 'llama-export[rtx]'`",
 }
 PRODUCTS: Mapping[str, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
@@ -30,13 +30,16 @@ PRODUCTS: Mapping[str, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT
 def import_module(name: str) -> Any:
     """The module `tensorrt` or `tensorrt_rtx`. Raises LlamaExportError saying how to install it."""
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise LlamaExportError(f"{PRODUCTS[name]} is not installed ({error}); {INSTALL[name]}.") from error
     except Exception as error:  # a broken installation raises what its parts raise
         raise LlamaExportError(
             f"{PRODUCTS[name]} is installed but does not work ({type(error).__name__}: {error}); {INSTALL[name]}."
         ) from error
+    if not hasattr(module, "Runtime"):
+        raise LlamaExportError(f"{PRODUCTS[name]} is not installed, only stubs for type checkers; {INSTALL[name]}.")
+    return module
 
 
 def make_logger(module: Any) -> Any:
