@@ -6,6 +6,7 @@ them is tested by itself, also where only ONNX Runtime is installed.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from llama_export.runtime.bundle import ENGINES, RECIPE_FILE, Bundle, EngineReco
 from llama_export.runtime.recipe import Recipe, profiles_of
 from support import onnx_bytes as onnx
 from support.tiny_bundle import Array, TinyLlama, manifest_for, onnx_files, random_llama, write_bundle
+from support.tiny_reference import write_reference
 
 STATIC, PRIMITIVE = "trt", "trt-primitive"
 OPSETS = {STATIC: 24, PRIMITIVE: 17}
@@ -22,11 +24,14 @@ _EPSILON = 1e-5
 
 
 def write_tensorrt_bundle(folder: Path, dialect: str, llama: TinyLlama | None = None, **changes: Any) -> Bundle:
-    """Write a complete bundle of a dialect for TensorRT. changes: as of `write_bundle`; dtype: of activations."""
+    """Write a complete bundle of a dialect for TensorRT.
+
+    changes: as of `write_bundle`; dtype: of activations; reference: whether it gets one.
+    """
     llama = llama or random_llama()
     dtype = changes.pop("dtype", "float32")
-    context = changes.get("context", 64)
-    graph, data = tensorrt_files(llama, dialect, context, dtype)
+    made = _Graph(llama, dialect, changes.get("context", 64), dtype)
+    graph, data = made.files()
     shape = manifest_for(llama).shape
     fields = {
         "dialect": dialect,
@@ -36,9 +41,13 @@ def write_tensorrt_bundle(folder: Path, dialect: str, llama: TinyLlama | None = 
         "minimum": {"python": "3.10"},
         "shape": type(shape)(**{**vars(shape), "cache_dtype": dtype}),
     }
-    manifest = manifest_for(llama, **(fields | {k: v for k, v in changes.items() if k not in ("extra", "template")}))
+    others = ("extra", "template", "reference")
+    manifest = manifest_for(llama, **(fields | {name: value for name, value in changes.items() if name not in others}))
     (folder / ENGINES).mkdir(parents=True, exist_ok=True)
     (folder / RECIPE_FILE).write_text(recipe_for(manifest).to_json())
+    if changes.pop("reference", False):
+        stored = {name: array.astype(np.float32) for name, array in made.weights.items()}
+        write_reference(folder, dataclasses.replace(llama, weights=stored), made.weights)
     extra = {"model.onnx": graph, "model.onnx.data": data, **changes.pop("extra", {})}
     return write_bundle(folder, llama, extra=extra, **(fields | changes))
 
