@@ -42,7 +42,7 @@ class _OnnxCache:
             buffers[layer] = torch.onnx.ops.symbolic(
                 "TensorScatter",
                 (old, new, self.write_indices),
-                {"axis": 2, "mode": "linear"},
+                {"axis": -2, "mode": "linear"},
                 dtype=old.dtype,
                 shape=old.shape,
                 version=OPSET,
