@@ -10,17 +10,29 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+import onnx_ir as ir
 import torch
 
 from ..errors import LlamaExportError
+from ..optimize.formats import Format
 from ..optimize.plan import head_of
 from ..optimize.tensors import SourceTensor
+from ..optimize.trt.linear import InputScale
 from ..progress import Progress
 from .calibration_text import CalibrationText
 from .config import transformers_config
 from .families import ATTENTION, MLP
 from .layerwise import Layerwise, Parts, cuts, float32_bytes
 from .source import Source
+
+LEAST_SCALE = 2.0**-14
+"""The smallest normal float16: graphs hold scales in the dtype of activations, where smaller ones lose digits, and one
+divided by them is infinite.
+"""
+
+_LARGEST = {"int": (ir.DataType.INT8, 127), "fp8": (ir.DataType.FLOAT8E4M3FN, 448)}
+"""By a format's coding: the dtype that inputs are rounded to, and its largest number."""
 
 
 @dataclass(frozen=True)
@@ -82,3 +94,18 @@ def calibrate(source: Source, text: CalibrationText, context: int, progress: Pro
     watched.note(head_of(source.tensors), model.normed(torch.cat([state[0] for state in hidden])))
     progress.advance(total, total)
     return Calibration(text, watched.amax)
+
+
+def input_scales(calibration: Calibration, formats: Mapping[str, Format]) -> dict[str, InputScale]:
+    """How inputs of projections are rounded, by weight: those whose weights have one 8-bit scale a row ("int8-row",
+    "fp8"), so that the product is one of 8-bit numbers. The others multiply what they read as it is.
+
+    scale: what calibration found over the largest number of the dtype, float32, at least `LEAST_SCALE`.
+    """
+    scales = {}
+    for name, amax in calibration.amax.items():
+        format = formats[name]
+        if format.whole and format.coding in _LARGEST:
+            dtype, largest = _LARGEST[format.coding]
+            scales[name] = InputScale(max(float(np.float32(amax / largest)), LEAST_SCALE), dtype)
+    return scales

@@ -12,9 +12,6 @@ from tokenizers import Tokenizer
 from ..errors import LlamaExportError, UsageError
 from .source import Source
 
-PRECISIONS = ("int8", "fp8")
-"""Of `--precision`: those whose products take inputs in 8 bits too, for which calibration finds the scales."""
-
 LENGTH = 512
 """Most tokens of a sequence."""
 
@@ -49,21 +46,6 @@ class CalibrationText:
     def note(self) -> str:
         """A sentence for the manifest."""
         return f"Inputs of projections were calibrated on {self.tokens:,} tokens of {self.file.name}."
-
-
-def check_calibrates(precision: str, backend: str) -> None:
-    """Raise UsageError where a build of this precision for this backend ("onnxruntime", ...) does not calibrate."""
-    names = " and ".join(f"--precision {name}" for name in PRECISIONS)
-    if backend == "onnxruntime":
-        raise UsageError(
-            "--calibrate finds scales for the inputs of TensorRT's 8-bit products, but this bundle is for ONNX "
-            "Runtime, which finds them as it runs; leave it out, or choose a target or --backend of TensorRT."
-        )
-    if precision not in PRECISIONS:
-        raise UsageError(
-            f"--calibrate is for {names}, which take the inputs of products in 8 bits too, but this bundle is "
-            f"{precision}; leave it out, or choose one of these."
-        )
 
 
 def calibration_text(source: Source, file: Path, context: int) -> CalibrationText:

@@ -1,0 +1,290 @@
+"""Calibration: what enters each projection is what enters it in transformers' own model, whatever the text's length."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from llama_export.errors import LlamaExportError, UsageError
+from llama_export.export import calibration_text as texts
+from llama_export.export import layerwise
+from llama_export.export.calibrate import LEAST_SCALE, Calibration, calibrate, input_scales
+from llama_export.export.calibration_text import CalibrationText, calibration_text
+from llama_export.export.source import Source, open_source
+from llama_export.optimize.formats import EMBEDDING, FP8, FP16, INT8, INT8_ROW
+from llama_export.progress import Silent
+from support.command import environment
+from support.graphs import VARIANTS, llama, source_tensors
+from support.hf_models import random_weights, write_json, write_llama_folder, write_weights
+
+SENTENCE = "The quick brown fox jumps over the lazy dog, and the dog does not mind in the least. "
+
+
+def source_of(model: Any) -> Source:
+    config, tensors = json.loads(model.config.to_json_string()), source_tensors(model)
+    return Source("tests/model", None, "folder", config, tensors, {}, None, None)
+
+
+def text_of(*lengths: int, vocab: int = 259) -> CalibrationText:
+    generator = np.random.default_rng(1)
+    sequences = tuple(tuple(generator.integers(0, vocab, length).tolist()) for length in lengths)
+    return CalibrationText(Path("text.txt"), sequences, "", 0)
+
+
+# What is found
+
+
+def watched_by_hooks(model: Any, text: CalibrationText) -> dict[str, float]:
+    """The largest magnitudes of what enters the projections of a whole transformers model."""
+    tied, amax = model.config.tie_word_embeddings, {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def seen(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            amax[name] = max(amax.get(name, 0.0), float(inputs[0].abs().max()))
+
+        return seen
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            weight = EMBEDDING if name == "lm_head" and tied else f"{name}.weight"
+            module.register_forward_pre_hook(hook(weight))
+    with torch.no_grad():
+        for sequence in text.sequences:
+            model(torch.tensor([sequence]))
+    return amax
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_largest_inputs_are_those_of_transformers_model(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layerwise, "_STEP", 10_000)  # so that these small matrices come in several parts too
+    model, text = llama(**VARIANTS[variant]), text_of(33, 1, 17, vocab=VARIANTS[variant].get("vocab_size", 259))
+    found = calibrate(source_of(model), text, 64, Silent()).amax
+    expected = watched_by_hooks(model, text)
+    assert found.keys() == expected.keys()
+    assert len(found) == 7 * model.config.num_hidden_layers + 1
+    for name, largest in expected.items():
+        assert found[name] == pytest.approx(largest, rel=1e-5), name
+    assert len(set(found.values())) >= 4 * model.config.num_hidden_layers  # inputs differ; q, k, v and gate, up share
+
+
+def test_it_is_the_same_each_time() -> None:
+    source, text = source_of(llama()), text_of(40, 9)
+    assert calibrate(source, text, 64, Silent()).amax == calibrate(source, text, 64, Silent()).amax
+
+
+def test_weights_are_those_of_the_source_whatever_was_merged_into_it() -> None:
+    model, text = llama(), text_of(21)
+    plain = calibrate(source_of(model), text, 64, Silent()).amax
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(2)
+    changed = calibrate(source_of(model), text, 64, Silent()).amax
+    name = "model.layers.1.mlp.{}_proj.weight"
+    assert changed[name.format("down")] == pytest.approx(2 * plain[name.format("down")])
+    assert changed[name.format("up")] == plain[name.format("up")]
+
+
+def test_progress_grows_to_the_whole() -> None:
+    told: list[tuple[int, int]] = []
+
+    class Heard(Silent):
+        def advance(self, done_bytes: int, total_bytes: int) -> None:
+            told.append((done_bytes, total_bytes))
+
+    source = source_of(llama(tie_word_embeddings=False))
+    calibrate(source, text_of(5), 64, Heard())
+    assert told == sorted(told)
+    assert told[0][0] > 0
+    assert told[-1] == (layerwise.float32_bytes(source.tensors),) * 2
+
+
+def test_what_is_not_finite_is_named() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate_proj.weight[3, 5] = float("nan")
+    with pytest.raises(LlamaExportError, match=r"model\.layers\.1\.mlp\.down_proj\.weight is not finite"):
+        calibrate(source_of(model), text_of(5), 64, Silent())
+
+
+# Scales
+
+
+def test_scales_reach_the_largest_magnitude_where_weights_have_one_scale_a_row() -> None:
+    formats = {"int8": INT8_ROW, "fp8": FP8, "blocked": INT8, "dense": FP16, "dead": INT8_ROW, EMBEDDING: INT8_ROW}
+    amax = {"int8": 12.7, "fp8": 44.8, "blocked": 1.0, "dense": 1.0, "dead": 0.0}
+    scales = input_scales(Calibration(text_of(3), amax), formats)
+    assert {name: (scale.scale, scale.dtype.name) for name, scale in scales.items()} == {
+        "int8": (np.float32(12.7 / 127), "INT8"),
+        "fp8": (np.float32(44.8 / 448), "FLOAT8E4M3FN"),
+        "dead": (LEAST_SCALE, "INT8"),
+    }
+    assert np.float16(LEAST_SCALE) == LEAST_SCALE
+    assert np.isfinite(1 / np.float16(LEAST_SCALE))
+
+
+# The text
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Source:
+    return open_source(str(write_llama_folder(tmp_path / "llama")))
+
+
+def written(folder: Path, content: str | bytes) -> Path:
+    file = folder / "text.txt"
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    return file
+
+
+def test_each_sequence_begins_as_the_tokenizer_begins_a_text(opened: Source, tmp_path: Path) -> None:
+    file = written(tmp_path, SENTENCE * 20)
+    found = calibration_text(opened, file, 64)
+    assert [len(sequence) for sequence in found.sequences[:-1]] == [64] * (len(found.sequences) - 1)
+    assert 1 < len(found.sequences[-1]) <= 64
+    assert {sequence[0] for sequence in found.sequences} == {opened.tokens.bos}
+    assert found.tokens == sum(map(len, found.sequences))
+    assert (found.sha256, found.read_bytes) == (hashlib.sha256(file.read_bytes()).hexdigest(), file.stat().st_size)
+    assert found.note == f"Inputs of projections were calibrated on {found.tokens:,} tokens of text.txt."
+
+
+def test_without_bos_sequences_are_the_text_itself(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    folder = write_llama_folder(tmp_path / "llama", add_bos=False)
+    found = calibration_text(open_source(str(folder)), written(tmp_path, SENTENCE * 20), 2048)
+    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(SENTENCE * 20).ids
+    assert list(found.sequences[0]) == ids[: texts.LENGTH]
+    assert sum(found.sequences, ()) == tuple(ids)
+
+
+@pytest.mark.parametrize("context", [1, 2, 100, 511, 512, 4096])
+def test_there_are_never_more_tokens_than_meant(opened: Source, tmp_path: Path, context: int) -> None:
+    found = calibration_text(opened, written(tmp_path, SENTENCE * 500), context)
+    longest = max(map(len, found.sequences))
+    assert longest <= max(2, min(context, texts.LENGTH))  # a token and what begins each text
+    assert texts.TOKENS - longest < found.tokens <= texts.TOKENS
+
+
+def test_settings_that_cut_or_pad_texts_do_not_count(tmp_path: Path) -> None:
+    folder = write_llama_folder(tmp_path / "llama")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    plain = calibration_text(open_source(str(folder)), written(tmp_path, SENTENCE * 9), 2048)
+    tokenizer["truncation"] = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
+    write_json(folder / "tokenizer.json", tokenizer)
+    assert calibration_text(open_source(str(folder)), plain.file, 2048) == plain
+
+
+def test_of_a_large_file_only_the_beginning_is_read(
+    opened: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(texts, "_BYTES", 1001)  # within one of the Cyrillic letters, each of two bytes
+    file = written(tmp_path, ("я" * 800).encode() + b"\xff" * 5000)
+    found = calibration_text(opened, file, 64)
+    assert found.read_bytes == 1001
+    assert found.sha256 == hashlib.sha256(file.read_bytes()[:1001]).hexdigest()
+
+
+def test_a_byte_order_mark_is_no_text(opened: Source, tmp_path: Path) -> None:
+    plain = calibration_text(opened, written(tmp_path, SENTENCE * 9), 64)
+    marked = calibration_text(opened, written(tmp_path, b"\xef\xbb\xbf" + (SENTENCE * 9).encode()), 64)
+    assert marked.sequences == plain.sequences
+
+
+BAD: dict[str, tuple[bytes | None, str]] = {
+    "missing": (None, "There is no .*text.txt; --calibrate takes a text file in UTF-8"),
+    "empty": (b"", "is empty"),
+    "blank": (b" \n\t\n", "is empty"),
+    "utf-16": (SENTENCE.encode("utf-16") * 9, "no UTF-8 text .byte 0"),
+    "latin-1": (("Größe " * 99).encode("latin-1"), "no UTF-8 text .byte 2"),
+    "cut short": (SENTENCE.encode() * 9 + b"\xd1", "no UTF-8 text"),
+    "zeros": (b"\0" * 5000, "zero bytes"),
+    "short": (b"Hello.", "holds [1-9] tokens, but calibrating takes at least 128"),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(BAD))
+def test_a_text_that_is_none_is_refused_in_a_sentence(opened: Source, tmp_path: Path, kind: str) -> None:
+    content, message = BAD[kind]
+    file = tmp_path / "text.txt" if content is None else written(tmp_path, content)
+    with pytest.raises(LlamaExportError, match=message) as caught:
+        calibration_text(opened, file, 64)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_plain_file_is_refused(opened: Source, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is a folder"):
+        calibration_text(opened, tmp_path, 64)
+    os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
+    with pytest.raises(UsageError, match="no plain file"):
+        calibration_text(opened, tmp_path / "pipe", 64)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_of_others_is_refused(opened: Source, tmp_path: Path) -> None:
+    file = written(tmp_path, SENTENCE * 9)
+    file.chmod(0)
+    with pytest.raises(LlamaExportError, match="Permission denied"):
+        calibration_text(opened, file, 64)
+
+
+def test_a_tokenizer_of_another_model_is_told(tmp_path: Path) -> None:
+    folder = write_llama_folder(tmp_path / "llama", vocab=300)
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 262}
+    write_json(folder / "config.json", config)
+    write_weights(folder, random_weights(config))
+    with pytest.raises(LlamaExportError, match="beyond the model's 262"):
+        calibration_text(open_source(str(folder)), written(tmp_path, SENTENCE * 9), 64)
+
+
+# Memory
+
+CHILD = """
+import sys
+from pathlib import Path
+from llama_export.export.calibrate import calibrate
+from llama_export.export.calibration_text import calibration_text
+from llama_export.export.source import open_source
+from llama_export.progress import Silent
+
+source = open_source(sys.argv[1])
+calibrate(source, calibration_text(source, Path(sys.argv[2]), 128), 128, Silent())
+status = Path("/proc/self/status").read_text().splitlines()
+print(next(line.split()[1] for line in status if line.startswith("VmHWM:")))
+"""
+
+
+def peak_mb(folder: Path, text: Path) -> float:
+    """Peak resident memory of calibrating in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(folder), str(text)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env=environment(),
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout) / 1e3
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+def test_one_layer_is_in_memory_however_many_there_are(tmp_path: Path) -> None:
+    text = written(tmp_path, SENTENCE * 6)
+    sizes = {"hidden": 512, "heads": 8, "kv_heads": 4, "ffn": 2048, "dtype": "bfloat16"}
+    few, many = 2, 32
+    shallow = peak_mb(write_llama_folder(tmp_path / "shallow", layers=few, **sizes), text)
+    deep = write_llama_folder(tmp_path / "deep", layers=many, **sizes)
+    layer = 4 * (3 * 512 * 2048 + 3 * 512 * 512) / 1e6  # MB
+    peak = peak_mb(deep, text)
+    print(f"{few} layers {shallow:.0f} MB, {many} layers {peak:.0f} MB; one layer is {layer:.0f} MB")
+    assert (many - few) * layer > 400
+    assert peak < shallow + 5 * layer  # room for the allocator
