@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .engine import EngineFile, engine_label
+from .engine import EngineFile
+from .engine_label import engine_label
 from .executor import TensorRTExecutor
 from .find import find_engine, this_gpu
 from .places import device_label, engine_folder

@@ -18,12 +18,9 @@ from ..recipe import IDS, KEPT, POSITIONS, Profile, Recipe, read_recipe
 from ..session import PAST, PRESENT, cache_names
 from . import api
 from .cuda import Gpu
+from .engine_label import engine_label, label_problem
 
 LOGITS = "logits"
-SIGNATURE_VERSION = 1
-"""Of what is expected of an engine's inputs and outputs, and of how they are used."""
-
-_LABEL = re.compile(r"llama-export ([0-9]+) ([0-9a-f]{16}) ([0-9a-f]{16})")
 
 
 @dataclass(frozen=True)
@@ -99,14 +96,6 @@ _DIAGNOSES = (
 """In the order in which they are looked for: a plan that is damaged is often called one of another version as well."""
 
 
-def engine_label(graph_sha256: str, data_sha256: str) -> str:
-    """The name that a builder gives to a bundle's network, by which its engine is known again.
-
-    graph_sha256, data_sha256: of the bundle's `GRAPH_FILE` and `DATA_FILE`.
-    """
-    return f"llama-export {SIGNATURE_VERSION} {graph_sha256[:16]} {data_sha256[:16]}"
-
-
 def load_engine(bundle: Bundle, file: EngineFile, gpu: Gpu) -> Engine:
     """Deserialize a plan and check it.
 
@@ -162,11 +151,9 @@ def _mend(remedy: str, bundle: Bundle) -> str:
 def _problems(bundle: Bundle, recipe: Recipe, handle: Any) -> Iterator[str]:
     """What tells that an engine is not that of the bundle and its recipe."""
     files = bundle.manifest.files
-    label = _LABEL.fullmatch(handle.name)
-    if label and int(label[1]) > SIGNATURE_VERSION:
-        yield "a newer llama-export built it"
-    elif label and handle.name != engine_label(files[GRAPH_FILE].sha256, files[DATA_FILE].sha256):
-        yield "it was built from another model"
+    expected = engine_label(files[GRAPH_FILE].sha256, files[DATA_FILE].sha256)
+    if problem := label_problem(handle.name, expected):
+        yield problem
     wanted, tensors = _signature(bundle.manifest.shape), _tensors(handle)
     for name in sorted(wanted.keys() ^ tensors.keys()):
         yield f"it has {'no' if name in wanted else 'a'} tensor {name}"
