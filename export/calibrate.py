@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 
 from ..errors import LlamaExportError
-from ..optimize.formats import Format
+from ..optimize.formats import FP16, INT8_ROW, Format
 from ..optimize.plan import head_of
 from ..optimize.tensors import SourceTensor
 from ..optimize.trt.linear import InputScale
@@ -34,24 +34,40 @@ divided by them is infinite.
 _LARGEST = {"int": (ir.DataType.INT8, 127), "fp8": (ir.DataType.FLOAT8E4M3FN, 448)}
 """By a format's coding: the dtype that inputs are rounded to, and its largest number."""
 
+MOST_NOISE = 0.1
+"""Of an input that is rounded to int8, over its own size: more, and it is not rounded at all.
+
+With one scale a tensor a few tokens decide for all. Llamas have massive activations (arXiv:2402.17762): at the first
+token the input of some down_proj is a thousand times larger than at others, which all round to nothing.
+"""
+
 
 @dataclass(frozen=True)
 class Calibration:
-    """amax: checkpoint name of a projection's weight -> the largest magnitude of its input, finite and not below zero.
+    """What enters each projection, by the checkpoint name of its weight; that of the head is the embedding's where they
+    are one.
 
-    The head's weight is among them, by the embedding's name where they are one.
+    amax: the largest magnitude, finite and not below zero. typical: of a token in the middle of all, the root of the
+    mean of squares.
     """
 
     text: CalibrationText
     amax: Mapping[str, float]
+    typical: Mapping[str, float]
+
+    def int8_noise(self, name: str) -> float:
+        """What rounding to int8 adds to a typical token's input, over its size: a step makes errors of step / sqrt(12)."""
+        step = self.amax[name] / 127
+        return step / math.sqrt(12) / self.typical[name] if self.typical[name] else math.inf
 
 
 @dataclass
 class _Watched:
-    """What has been seen: of inputs the largest magnitudes, of weights the bytes in float32."""
+    """What has been seen: of inputs the largest magnitudes and every token's size, of weights the bytes in float32."""
 
     tensors: Mapping[str, SourceTensor]
     amax: dict[str, float] = field(default_factory=dict)
+    sizes: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     passed_bytes: int = 0
 
     def parts(self, name: str) -> Parts:
@@ -70,6 +86,7 @@ class _Watched:
                 "download or copy it again."
             )
         self.amax[name] = max(self.amax.get(name, 0.0), largest)
+        self.sizes.setdefault(name, []).append(values.square().mean(-1).sqrt().flatten())
 
     def hook(self, name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
         return lambda _module, inputs: self.note(name, inputs[0])
@@ -93,7 +110,20 @@ def calibrate(source: Source, text: CalibrationText, context: int, progress: Pro
     hidden = model.decoded(text.sequences, begin)
     watched.note(head_of(source.tensors), model.normed(torch.cat([state[0] for state in hidden])))
     progress.advance(total, total)
-    return Calibration(text, watched.amax)
+    typical = {name: torch.cat(sizes).median().item() for name, sizes in watched.sizes.items()}
+    return Calibration(text, watched.amax, typical)
+
+
+def settled_formats(
+    calibration: Calibration, formats: Mapping[str, Format], instead: Format = FP16
+) -> dict[str, Format]:
+    """`formats` where projections whose input would lose too much as int8 (`MOST_NOISE`) are stored as `instead` of
+    "int8-row", and so read it as it is.
+    """
+    coarse = {
+        name for name in calibration.amax if formats[name] == INT8_ROW and calibration.int8_noise(name) > MOST_NOISE
+    }
+    return {name: instead if name in coarse else format for name, format in formats.items()}
 
 
 def input_scales(calibration: Calibration, formats: Mapping[str, Format]) -> dict[str, InputScale]:

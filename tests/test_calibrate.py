@@ -17,7 +17,7 @@ import torch
 from llama_export.errors import LlamaExportError, UsageError
 from llama_export.export import calibration_text as texts
 from llama_export.export import layerwise
-from llama_export.export.calibrate import LEAST_SCALE, Calibration, calibrate, input_scales
+from llama_export.export.calibrate import LEAST_SCALE, Calibration, calibrate, input_scales, settled_formats
 from llama_export.export.calibration_text import CalibrationText, calibration_text
 from llama_export.export.source import Source, open_source
 from llama_export.optimize.formats import EMBEDDING, FP8, FP16, INT8, INT8_ROW
@@ -120,7 +120,7 @@ def test_what_is_not_finite_is_named() -> None:
 def test_scales_reach_the_largest_magnitude_where_weights_have_one_scale_a_row() -> None:
     formats = {"int8": INT8_ROW, "fp8": FP8, "blocked": INT8, "dense": FP16, "dead": INT8_ROW, EMBEDDING: INT8_ROW}
     amax = {"int8": 12.7, "fp8": 44.8, "blocked": 1.0, "dense": 1.0, "dead": 0.0}
-    scales = input_scales(Calibration(text_of(3), amax), formats)
+    scales = input_scales(Calibration(text_of(3), amax, amax), formats)
     assert {name: (scale.scale, scale.dtype.name) for name, scale in scales.items()} == {
         "int8": (np.float32(12.7 / 127), "INT8"),
         "fp8": (np.float32(44.8 / 448), "FLOAT8E4M3FN"),
@@ -128,6 +128,39 @@ def test_scales_reach_the_largest_magnitude_where_weights_have_one_scale_a_row()
     }
     assert np.float16(LEAST_SCALE) == LEAST_SCALE
     assert np.isfinite(1 / np.float16(LEAST_SCALE))
+
+
+def test_a_token_of_massive_activations_is_not_what_is_typical() -> None:
+    model, text = llama(), text_of(30)
+    before = calibrate(source_of(model), text, 64, Silent())
+    token, name = text.sequences[0][0], "model.layers.0.self_attn.q_proj.weight"
+    assert token not in text.sequences[0][1:]
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[5] *= 1000
+        model.model.embed_tokens.weight[:, 5] = 0
+        model.model.embed_tokens.weight[token, 5] = 1
+    after = calibrate(source_of(model), text, 64, Silent())
+    assert after.amax[name] > 100 * before.amax[name]
+    assert after.typical[name] == pytest.approx(before.typical[name], rel=0.2)
+    assert before.int8_noise(name) < 0.1 < after.int8_noise(name)
+    formats = {one: INT8_ROW if one in after.amax else FP16 for one in source_tensors(model)}
+    assert settled_formats(before, formats)[name] == INT8_ROW
+    settled = settled_formats(after, formats)
+    assert settled[name] == FP16
+    assert name not in input_scales(after, settled)
+    assert settled_formats(after, formats, INT8)[name] == INT8
+    for others in (FP8, INT8, FP16):  # of which only int8 inputs have a step that is the same for all
+        assert settled_formats(after, dict.fromkeys(formats, others)) == dict.fromkeys(formats, others)
+
+
+def test_rounding_noise_is_what_int8_does_to_a_typical_token() -> None:
+    values = np.random.default_rng(0).standard_normal((500, 300))
+    amax, typical = np.abs(values).max(), float(np.median(np.sqrt((values**2).mean(1))))
+    step = amax / 127
+    errors = np.rint(values / step) * step - values
+    found = Calibration(text_of(3), {"x": amax, "zero": 0.0}, {"x": typical, "zero": 0.0})
+    assert found.int8_noise("x") == pytest.approx(np.sqrt((errors**2).mean()) / typical, rel=0.02)
+    assert settled_formats(found, {"x": INT8_ROW, "zero": INT8_ROW})["x"] == INT8_ROW
 
 
 # The text
