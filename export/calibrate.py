@@ -56,7 +56,7 @@ class Calibration:
     typical: Mapping[str, float]
 
     def int8_noise(self, name: str) -> float:
-        """What rounding to int8 adds to a typical token's input, over its size: a step makes errors of step / sqrt(12)."""
+        """What rounding to int8 adds to a typical token over its size: a step makes errors of step / sqrt(12)."""
         step = self.amax[name] / 127
         return step / math.sqrt(12) / self.typical[name] if self.typical[name] else math.inf
 
