@@ -73,7 +73,7 @@ def record_reference(
     formats = {name: placement.format for name, placement in placements.items()}
     model = _exact_model(source, formats, manifest)
     prompts, logits = _recorded(model, _prompts(source, manifest), folder, manifest, progress)
-    weights = tuple(_weight(name, source, placements[name], model) for name in source.tensors)
+    weights = tuple(record for name in source.tensors for record in _weights(name, source, placements[name], model))
     tables = (*_tables(model.config, manifest), *_orders(source, formats))
     index = Index(
         SCHEMA_VERSION, source.model_id, source.revision, manifest.shape.vocab, prompts, weights, tables, tools
@@ -163,10 +163,13 @@ def _proven(name: str, prompt: Sequence[int], ids: Sequence[int], logits: Float3
     return Prompt(name, PROMPTS[name], tuple(ids), len(prompt), proven)
 
 
-def _weight(name: str, source: Source, placement: Placement, model: ExactModel) -> WeightRecord:
+def _weights(name: str, source: Source, placement: Placement, model: ExactModel) -> Iterator[WeightRecord]:
+    """A record of each place in which the tensor is stored."""
     sha256, norm = model.fingerprints[name]
     shape = source.tensors[name].shape
-    return WeightRecord(name, placement.format.name, shape, placement.row, placement.initializers, sha256, norm)
+    for place in (placement, *placement.copies):
+        names = place.initializers
+        yield WeightRecord(name, place.format.name, shape, place.row, names, sha256, norm, place.transposed)
 
 
 def _tables(config: PreTrainedConfig, manifest: Manifest) -> Iterator[WeightRecord]:

@@ -20,9 +20,25 @@ _ATTRIBUTE_NAME, _ATTRIBUTE_INT = 1, 3
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 1, 2, 8, 13, 14
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 
-_DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16", 16: "bfloat16"}
+_DTYPES = {
+    1: "float32",
+    2: "uint8",
+    3: "int8",
+    6: "int32",
+    7: "int64",
+    10: "float16",
+    16: "bfloat16",
+    17: "float8e4m3fn",
+    21: "uint4",
+    22: "int4",
+    23: "float4e2m1",
+}
 """TensorProto.DataType -> name."""
-_SIZES = {"float32": 4, "uint8": 1, "int8": 1, "int32": 4, "int64": 8, "float16": 2, "bfloat16": 2}
+BITS = {
+    **{"float32": 32, "int32": 32, "int64": 64, "float16": 16, "bfloat16": 16, "uint8": 8, "int8": 8},
+    **{"float8e4m3fn": 8, "uint4": 4, "int4": 4, "float4e2m1": 4},
+}
+"""Of one number, by that name."""
 
 _DIGITS = re.compile(r"[0-9]{1,18}")
 _MOST_DIMENSIONS = 8
@@ -98,7 +114,7 @@ def _initializer(model: bytes, tensor: Field, data_size: int) -> Initializer | N
         )
     texts = [external.get(key, "0") for key in ("offset", "length")]
     offset, size = (int(text) if _DIGITS.fullmatch(text) else -1 for text in texts)
-    fits = len(dims) <= _MOST_DIMENSIONS and size == math.prod(dims) * _SIZES[dtype]
+    fits = len(dims) <= _MOST_DIMENSIONS and size == -(-math.prod(dims) * BITS[dtype] // 8)
     if not fits or offset < 0 or offset + size > data_size:
         raise LlamaExportError(
             f"{GRAPH_FILE} places {name!r} at {texts[1][:20]} bytes from {texts[0][:20]} on, which does not fit its "

@@ -28,6 +28,8 @@ from .npz import read_array
 SCHEMA_VERSION = 1
 ORDER = "order"
 """The role of the initializer that says which column each stored column is, and the format of such initializers."""
+GLOBAL = "global"
+"""The role of the one number by which the scales of a tensor are multiplied."""
 TOP = 64
 SAMPLES = 256
 _INDEX, _LOGITS = REFERENCE_FILES
@@ -59,9 +61,11 @@ class Prompt:
 class WeightRecord:
     """One tensor as PyTorch used it, and where the bundle stores it.
 
-    format: name of the stored format. initializers: by role: values; or codes, scales, zeros, offsets; and `order`
-    where the columns are stored in another order. row: of its first row in them. shape: of the tensor. sha256: of its
-    dequantised float32 values, row by row, columns in place. norm: square root of the sum of their squares.
+    format: name of the stored format. initializers: by role: values; or codes, scales, zeros, offsets, and `global`
+    where one number scales the whole tensor; and `order` where the columns are stored in another order. row: of its
+    first row in them; transposed: rows are columns there. shape: of the tensor. sha256: of its dequantised float32
+    values, row by row, columns in place. norm: square root of the sum of their squares. A tensor that is stored in two
+    layouts has two records.
     """
 
     name: str
@@ -71,6 +75,7 @@ class WeightRecord:
     initializers: Mapping[str, str]
     sha256: str
     norm: float
+    transposed: bool = False
 
 
 @dataclass(frozen=True)

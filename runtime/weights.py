@@ -22,16 +22,19 @@ from ..errors import LlamaExportError
 from .arrays import Float32
 from .bundle import DATA_FILE, GRAPH_FILE, Bundle
 from .onnx_file import Initializer
-from .reference import ORDER, WeightRecord, fingerprint
+from .reference import GLOBAL, ORDER, WeightRecord, fingerprint
 from .session import read_graph, weight_places
+from .stored_numbers import Numbers, Place, bytes_at
 
 _BLOCK = 32
 """Columns of a block where a format's name does not say."""
 _STEP_VALUES = 1 << 21
+_PANEL = 1 << 24
+"""Numbers of a transposed matrix that are read together, as each of its lines holds only a few of them."""
 _DENSE = ("fp32", "fp16", "bf16", "order")
 _INTEGERS = re.compile(r"int(?P<bits>4|8)(-b(?P<block>\d{1,4}))?(?P<zeros>-zeros)?(?P<offset>-offset)?")
 
-Parts = Mapping[str, npt.NDArray[np.generic]]
+Parts = Mapping[str, Numbers]
 Decoder = Callable[[Parts], Float32]
 
 
@@ -84,13 +87,21 @@ def compare_matrices(
 
 
 def _refuse_unrecorded(records: tuple[WeightRecord, ...], initializers: Mapping[str, Initializer]) -> None:
-    """Rows without a record could hold anything. Places count, not names: a tied embedding and head are two names."""
-    rows: Counter[int] = Counter()
+    """Rows without a record could hold anything. Offsets count, not names: a tied embedding and head are two names."""
+    recorded: Counter[int] = Counter()
+    transposed, single = set(), set()
     for record in records:
-        for _, name in _by_rows(record):
-            rows[_initializer(record, name, initializers).offset] += record.shape[0]
+        for place in _places(record, initializers).values():
+            recorded[place.initializer.offset] += record.shape[0]
+            if record.transposed:
+                transposed.add(place.initializer.offset)
+        if GLOBAL in record.initializers:
+            single.add(_named(record, record.initializers[GLOBAL], initializers).offset)
     for name, stored in initializers.items():
-        if stored.shape[:1] != (rows[stored.offset],):
+        rows = recorded[stored.offset]
+        padded = rows + rows % 2 if stored.offset in transposed else rows  # to whole bytes, and cut off after use
+        found = Place(stored, stored.offset in transposed).rows
+        if stored.offset not in single and (not found or found not in (rows, padded)):
             raise LlamaExportError(
                 f"The reference does not say what all of {name!r} should hold; build the bundle again."
             )
@@ -110,29 +121,59 @@ def _compare(record: WeightRecord, initializers: Mapping[str, Initializer], data
 
 def _rows(record: WeightRecord, initializers: Mapping[str, Initializer], file: FileIO) -> Iterator[Float32]:
     """The record's tensor, dequantised, columns in their natural order, a few rows at a time: [n, columns]."""
-    stored = {role: _initializer(record, name, initializers) for role, name in _by_rows(record)}
-    rows, columns = record.shape[0], math.prod(record.shape[1:])
+    places, columns = _places(record, initializers), math.prod(record.shape[1:])
     decode, block = _decoder(record.format)
-    order = _order(record, initializers, file)
+    order, scale = _order(record, initializers, file), _global(record, initializers, file)
     step = max(1, _STEP_VALUES // columns)
-    for start in range(0, rows, step):
-        stop = min(rows, start + step)
-        parts = {role: _read(tensor, record.row + start, record.row + stop, file) for role, tensor in stored.items()}
-        with np.errstate(over="ignore", invalid="ignore"):  # damage shows in the comparison
-            values = decode(parts)
-        if not 0 <= values.shape[1] - columns < block:
-            raise ValueError(f"rows of {values.shape[1]} values")
-        values = values[:, :columns]
-        if order is not None:
-            placed = np.zeros_like(values)
-            placed[:, order] = values
-            values = placed
-        yield values
+    together = max(step, _PANEL // columns // 64 * 64) if record.transposed else step
+    for first in range(0, record.shape[0], together):
+        last = min(record.shape[0], first + together)
+        panel = {role: place.read(record.row + first, record.row + last, file) for role, place in places.items()}
+        for start in range(0, last - first, step):
+            parts = {role: numbers[start : start + step] for role, numbers in panel.items()}
+            with np.errstate(over="ignore", invalid="ignore"):  # damage shows in the comparison
+                values = decode({**parts, **scale})
+            if not 0 <= values.shape[1] - columns < block:
+                raise ValueError(f"rows of {values.shape[1]} values")
+            values = values[:, :columns]
+            if order is not None:
+                placed = np.zeros_like(values)
+                placed[:, order] = values
+                values = placed
+            yield values
 
 
-def _by_rows(record: WeightRecord) -> list[tuple[str, str]]:
-    """Roles and names of the initializers that hold the record's rows."""
-    return [(role, name) for role, name in record.initializers.items() if role != ORDER]
+def _places(record: WeightRecord, initializers: Mapping[str, Initializer]) -> dict[str, Place]:
+    """Where the record's rows lie, by role."""
+    found = {}
+    for role, name in record.initializers.items():
+        if role not in (ORDER, GLOBAL):
+            found[role] = Place(_named(record, name, initializers), record.transposed)
+            if record.row < 0 or record.row + record.shape[0] > found[role].rows:
+                raise _not_as_recorded(record, name)
+    return found
+
+
+def _named(record: WeightRecord, name: str, initializers: Mapping[str, Initializer]) -> Initializer:
+    if name not in initializers:
+        raise _not_as_recorded(record, name)
+    return initializers[name]
+
+
+def _not_as_recorded(record: WeightRecord, name: str) -> LlamaExportError:
+    return LlamaExportError(
+        f"{GRAPH_FILE} has no {name!r} with the rows of {record.name}, as the reference says; build the bundle again."
+    )
+
+
+def _global(record: WeightRecord, initializers: Mapping[str, Initializer], file: FileIO) -> dict[str, Numbers]:
+    """The one number that scales the whole tensor, where it has one."""
+    if GLOBAL not in record.initializers:
+        return {}
+    found = _named(record, record.initializers[GLOBAL], initializers)
+    if found.dtype != "float32" or found.size != 4:
+        raise ValueError("its scale is no number")
+    return {GLOBAL: np.frombuffer(bytes_at(found.offset, found.size, file), "<f4")}
 
 
 def _order(record: WeightRecord, initializers: Mapping[str, Initializer], file: FileIO) -> npt.NDArray[np.int64] | None:
@@ -143,52 +184,22 @@ def _order(record: WeightRecord, initializers: Mapping[str, Initializer], file: 
     columns = math.prod(record.shape[1:])
     if found is None or found.dtype != "int64" or tuple(found.shape) != (columns,):
         raise ValueError("its order is missing")
-    order = np.frombuffer(_bytes_at(found.offset, found.size, file), "<i8")
+    order = np.frombuffer(bytes_at(found.offset, found.size, file), "<i8")
     inside: npt.NDArray[np.int64] = np.clip(order, 0, columns - 1)  # damage shows in the comparison
     return inside
-
-
-def _initializer(record: WeightRecord, name: str, initializers: Mapping[str, Initializer]) -> Initializer:
-    found = initializers.get(name)
-    if found is None or not found.shape or record.row < 0 or record.row + record.shape[0] > found.shape[0]:
-        raise LlamaExportError(
-            f"{GRAPH_FILE} has no {name!r} with the rows of {record.name}, as the reference says; build the bundle "
-            "again."
-        )
-    return found
-
-
-def _read(tensor: Initializer, start: int, stop: int, file: FileIO) -> npt.NDArray[np.generic]:
-    """Rows [start, stop) of a stored tensor as [n, numbers in a row]."""
-    row = tensor.size // tensor.shape[0]
-    data = _bytes_at(tensor.offset + start * row, (stop - start) * row, file)
-    if tensor.dtype == "bfloat16":
-        widened = np.frombuffer(data, "<u2").astype("<u4") << 16
-        return widened.view("<f4").reshape(stop - start, -1)
-    return np.frombuffer(data, np.dtype(tensor.dtype).newbyteorder("<")).reshape(stop - start, -1)
-
-
-def _bytes_at(offset: int, size: int, file: FileIO) -> bytearray:
-    """The `size` bytes from `offset` on: one read may give fewer."""
-    data, done = bytearray(size), 0
-    file.seek(offset)
-    while done < size:
-        count = file.readinto(memoryview(data)[done:])
-        if not count:
-            raise LlamaExportError(f"{DATA_FILE} became shorter while it was read; copy the bundle again.")
-        done += count
-    return data
 
 
 def _decoder(format: str) -> tuple[Decoder, int]:
     """How parts become values, and the columns that rows are padded to a multiple of."""
     if format in _DENSE:
         return _dense, 1
+    if format in _SCALED:
+        return _SCALED[format].decode, max(1, _SCALED[format].block)
     match = _INTEGERS.fullmatch(format)
     if match is None or int(match["block"] or _BLOCK) == 0:
         raise LlamaExportError(f"The reference names an unknown format {format!r}; upgrade llama-export.")
-    integers = _Integers(int(match["bits"]), int(match["block"] or _BLOCK), bool(match["zeros"]), bool(match["offset"]))
-    return integers.decode, integers.block
+    scaled = _Scaled(int(match["bits"]), int(match["block"] or _BLOCK), bool(match["zeros"]), bool(match["offset"]))
+    return scaled.decode, scaled.block
 
 
 def _dense(parts: Parts) -> Float32:
@@ -196,26 +207,37 @@ def _dense(parts: Parts) -> Float32:
 
 
 @dataclass(frozen=True)
-class _Integers:
-    """Codes of `bits` in blocks of `block` columns: scale * (code - zero) + offset."""
+class _Scaled:
+    """Codes in blocks of `block` columns, 0 for whole rows: scale * (code - zero) + offset; codes that are signed or
+    are numbers themselves have no zero. Unsigned ones of 4 `bits` come two in a byte.
+    """
 
     bits: int
-    block: int
-    zeros: bool
-    offset: bool
+    block: int = 0
+    zeros: bool = False
+    offset: bool = False
 
     def decode(self, parts: Parts) -> Float32:
         scales = parts["scales"].astype(np.float32)
-        blocks = self._unpacked(parts["codes"]).astype(np.float32).reshape(len(scales), -1, self.block)
-        middle = np.float32(2 ** (self.bits - 1))
-        zeros = self._unpacked(parts["zeros"])[:, : scales.shape[1], None] if self.zeros else middle
-        blocks = (blocks - zeros) * scales[..., None]
+        if GLOBAL in parts:
+            scales *= parts[GLOBAL].astype(np.float32)
+        codes = parts["codes"]
+        numbers = self._unpacked(codes) if codes.dtype == np.uint8 else codes
+        blocks = numbers.astype(np.float32).reshape(len(scales), -1, self.block or numbers.shape[1])
+        if codes.dtype == np.uint8:
+            middle = np.float32(2 ** (self.bits - 1))
+            blocks -= self._unpacked(parts["zeros"])[:, : scales.shape[1], None] if self.zeros else middle
+        blocks *= scales[..., None]
         if self.offset:
             blocks += parts["offsets"].astype(np.float32)[..., None]
         return blocks.reshape(len(scales), -1)
 
-    def _unpacked(self, packed: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
-        numbers = packed.astype(np.uint8)
+    def _unpacked(self, packed: Numbers) -> npt.NDArray[np.uint8]:
+        numbers = packed.astype(np.uint8, copy=False)
         if self.bits == 8:
             return numbers
         return np.stack((numbers & 0x0F, numbers >> 4), axis=-1).reshape(len(numbers), -1)  # the even one is low
+
+
+_SCALED = {"int8-row": _Scaled(8), "fp8": _Scaled(8), "nvfp4": _Scaled(4, 16)}
+"""Formats whose names are not made of their properties."""

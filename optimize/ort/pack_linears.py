@@ -43,13 +43,15 @@ def _linear(matmul: ir.Node) -> Linear | None:
 
 def pack_linears(model: ir.Model, formats: Mapping[str, Format]) -> None:
     """Needs the canonical projections; leaves one for each group that reads the same value in the same format, and a
-    Split, and nothing of those that it stands for.
+    Split, and nothing of those that it stands for. Weights that each have a scale of their own stay apart.
 
     Fewer and larger products: at one row each costs a start and a stop of all threads.
     """
     groups: dict[tuple[object, ...], list[Linear]] = defaultdict(list)
     for linear in linears_of(model):
-        groups[linear.matmul.inputs[0], formats[parts_of(linear.weight)[0]], linear.bias is None].append(linear)
+        format = formats[parts_of(linear.weight)[0]]
+        alone = linear.weight if format.tensor_scale else None
+        groups[linear.matmul.inputs[0], format, linear.bias is None, alone].append(linear)
     for group in groups.values():
         if len(group) > 1:
             _pack(model.graph, group)
