@@ -22,8 +22,7 @@ from ..optimize.trt.linear import InputScale
 from ..progress import Progress
 from .calibration_text import CalibrationText
 from .config import transformers_config
-from .families import ATTENTION, MLP
-from .layerwise import Layerwise, Parts, cuts, float32_bytes
+from .layerwise import Layerwise, Parts, cuts, float32_bytes, projections
 from .source import Source
 
 LEAST_SCALE = 2.0**-14
@@ -103,9 +102,8 @@ def calibrate(source: Source, text: CalibrationText, context: int, progress: Pro
 
     def begin(index: int, layer: torch.nn.Module) -> None:
         progress.advance(watched.passed_bytes, total)
-        for name in (*ATTENTION, *MLP):
-            weight = f"model.layers.{index}.{name}.weight"
-            layer.get_submodule(name).register_forward_pre_hook(watched.hook(weight))
+        for name, module in projections(index, layer):
+            module.register_forward_pre_hook(watched.hook(name))
 
     hidden = model.decoded(text.sequences, begin)
     watched.note(head_of(source.tensors), model.normed(torch.cat([state[0] for state in hidden])))
@@ -130,12 +128,13 @@ def input_scales(calibration: Calibration, formats: Mapping[str, Format]) -> dic
     """How inputs of projections are rounded, by weight: those whose weights have one 8-bit scale a row ("int8-row",
     "fp8"), so that the product is one of 8-bit numbers. The others multiply what they read as it is.
 
-    scale: what calibration found over the largest number of the dtype, float32, at least `LEAST_SCALE`.
+    scale: what calibration found over the largest number of the dtype, at least `LEAST_SCALE`, rounded to float16, so
+    that graphs with scales of either size and the reference hold the same number.
     """
     scales = {}
     for name, amax in calibration.amax.items():
         format = formats[name]
         if format.whole and format.coding in _LARGEST:
             dtype, largest = _LARGEST[format.coding]
-            scales[name] = InputScale(max(float(np.float32(amax / largest)), LEAST_SCALE), dtype)
+            scales[name] = InputScale(float(np.float16(max(amax / largest, LEAST_SCALE))), dtype)
     return scales

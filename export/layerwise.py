@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from ..optimize.formats import EMBEDDING
 from ..optimize.tensors import Float32, SourceTensor
-from .families import classes
+from .families import ATTENTION, MLP, classes
 from .rotary import rotary_embedding
 from .trace import window_of
 
@@ -96,6 +96,12 @@ class Layerwise:
         for start, part in self.parts(name):
             values[start : start + len(part)] = part
         return torch.from_numpy(values)
+
+
+def projections(index: int, layer: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The projections of decoder layer `index`, each with the checkpoint name of its weight."""
+    for name in (*ATTENTION, *MLP):
+        yield f"model.layers.{index}.{name}.weight", layer.get_submodule(name)
 
 
 def cuts(tensor: SourceTensor) -> Iterator[tuple[int, int]]:

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from llama_export.errors import LlamaExportError, UsageError
@@ -19,8 +22,10 @@ from llama_export.export import calibration_text as texts
 from llama_export.export import layerwise
 from llama_export.export.calibrate import LEAST_SCALE, Calibration, calibrate, input_scales, settled_formats
 from llama_export.export.calibration_text import CalibrationText, calibration_text
+from llama_export.export.reference import ExactModel, rounded
 from llama_export.export.source import Source, open_source
-from llama_export.optimize.formats import EMBEDDING, FP8, FP16, INT8, INT8_ROW
+from llama_export.optimize.formats import EMBEDDING, FP8, FP16, FP32, INT8, INT8_ROW
+from llama_export.optimize.trt.linear import InputScale
 from llama_export.progress import Silent
 from support.command import environment
 from support.graphs import VARIANTS, llama, source_tensors
@@ -122,8 +127,8 @@ def test_scales_reach_the_largest_magnitude_where_weights_have_one_scale_a_row()
     amax = {"int8": 12.7, "fp8": 44.8, "blocked": 1.0, "dense": 1.0, "dead": 0.0}
     scales = input_scales(Calibration(text_of(3), amax, amax), formats)
     assert {name: (scale.scale, scale.dtype.name) for name, scale in scales.items()} == {
-        "int8": (np.float32(12.7 / 127), "INT8"),
-        "fp8": (np.float32(44.8 / 448), "FLOAT8E4M3FN"),
+        "int8": (np.float16(12.7 / 127), "INT8"),
+        "fp8": (np.float16(44.8 / 448), "FLOAT8E4M3FN"),
         "dead": (LEAST_SCALE, "INT8"),
     }
     assert np.float16(LEAST_SCALE) == LEAST_SCALE
@@ -161,6 +166,56 @@ def test_rounding_noise_is_what_int8_does_to_a_typical_token() -> None:
     found = Calibration(text_of(3), {"x": amax, "zero": 0.0}, {"x": typical, "zero": 0.0})
     assert found.int8_noise("x") == pytest.approx(np.sqrt((errors**2).mean()) / typical, rel=0.02)
     assert settled_formats(found, {"x": INT8_ROW, "zero": INT8_ROW})["x"] == INT8_ROW
+
+
+def quantised_by_onnxruntime(values: np.ndarray, scale: InputScale) -> np.ndarray:
+    inputs = [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [None, None])]
+    constants = [
+        onnx.numpy_helper.from_array(np.array(scale.scale, np.float32), "scale"),
+        onnx.numpy_helper.from_array(np.array(0, scale.dtype.numpy()), "zero"),
+    ]
+    nodes = [
+        onnx.helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["codes"]),
+        onnx.helper.make_node("DequantizeLinear", ["codes", "scale", "zero"], ["y"]),
+    ]
+    outputs = [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [None, None])]
+    graph = onnx.helper.make_graph(nodes, "rounded", inputs, outputs, constants)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"x": values})[0])
+
+
+@pytest.mark.parametrize("dtype", ["INT8", "FLOAT8E4M3FN"])
+def test_the_reference_rounds_as_the_graph_does(dtype: str) -> None:
+    scale = InputScale(float(np.float16(0.013)), ir.DataType[dtype])
+    values = np.random.default_rng(0).standard_normal((7, 301)).astype(np.float32)
+    values[0] *= 1e-4
+    values[1] *= 30  # beyond what either holds
+    values[2, :255] = np.float32(scale.scale) * (np.arange(255) - 127 + 0.5)  # halfway
+    expected = quantised_by_onnxruntime(values, scale)
+    assert len(np.unique(expected)) > 100
+    assert np.array_equal(rounded(torch.from_numpy(values), scale).numpy(), expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_reference_rounds_the_inputs_that_have_scales_and_no_others(tied: bool) -> None:
+    model, text = llama(tie_word_embeddings=tied), text_of(19, 4)
+    source = source_of(model)
+    formats = dict.fromkeys(source.tensors, FP32)
+    found = calibrate(source, text, 64, Silent())
+    scales = input_scales(found, dict.fromkeys(source.tensors, INT8_ROW))
+    del scales["model.layers.1.mlp.up_proj.weight"]
+    exact = ExactModel(model.config, source.tensors, formats, np.float32, 64, inputs=scales)
+    plain = ExactModel(model.config, source.tensors, formats, np.float32, 64)
+    logits = exact.logits(text.sequences, Silent())
+    for name, module in model.named_modules():
+        weight = EMBEDDING if name == "lm_head" and tied else f"{name}.weight"
+        if isinstance(module, torch.nn.Linear) and weight in scales:
+            module.register_forward_pre_hook(lambda _module, x, scale=scales[weight]: rounded(x[0], scale))
+    for ids, one, other in zip(text.sequences, logits, plain.logits(text.sequences, Silent()), strict=True):
+        with torch.no_grad():
+            expected = model(torch.tensor([ids])).logits[0].numpy()
+        assert np.abs(one - expected).max() < 0.05 * np.abs(other - expected).max() + 1e-4
 
 
 # The text
@@ -285,6 +340,7 @@ import sys
 from pathlib import Path
 from llama_export.export.calibrate import calibrate
 from llama_export.export.calibration_text import calibration_text
+from llama_export.export.reference import ExactModel, rounded
 from llama_export.export.source import open_source
 from llama_export.progress import Silent
 
