@@ -205,7 +205,7 @@ def _candidate(target: Target, made: Made, model: Model, wish: Wish, precision: 
     policy = made.policy(calibrated=wish.calibrated)
     formats = plan_formats(model.tensors, precision, wish.head_precision, policy)
     number = CACHE_BYTES[made.activations]
-    weights = weights_of(model.tensors, formats, made.dialect, number)
+    weights = weights_of(model.tensors, formats, made.dialect, made.opset, number)
     loaded = dict(weights.stored)
     if wish.beside:
         dense = "fp32" if number == 4 else "fp16"

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..optimize.formats import EMBEDDING, HEAD, Format, stored_bytes
+from ..optimize.formats import EMBEDDING, FP16, FP32, HEAD, Format, stored_bytes
 from ..optimize.tensors import SourceTensor
 from .made import ORT_DIALECT
+
+_FLOAT16_SCALES = 19
+"""The first opset whose DequantizeLinear takes scales in float16; below, they are float32."""
+
+_VECTORS = {4: FP32.name, 2: FP16.name}
 
 
 @dataclass(frozen=True)
@@ -30,29 +36,37 @@ class Weights:
 
 
 def weights_of(
-    tensors: Mapping[str, SourceTensor], formats: Mapping[str, Format], dialect: str, number_bytes: int
+    tensors: Mapping[str, SourceTensor], formats: Mapping[str, Format], dialect: str, opset: int, number_bytes: int
 ) -> Weights:
-    """Count the weights of a graph of `dialect` whose tensors are stored in `formats`.
+    """Count the weights of a graph of `dialect` and `opset` whose tensors are stored in `formats`.
 
-    number_bytes: of a number in the dtype of activations, which scales have too. A TensorRT graph holds a tied
-    embedding that is quantised twice, since a product reads it by columns and a look-up by rows.
+    number_bytes: of a number in the dtype of activations, which norms and scales have too. A TensorRT graph holds a
+    tied embedding that is quantised twice, since a product reads it by columns and a look-up by rows.
     """
+    engine, tied = dialect != ORT_DIALECT, HEAD not in tensors
+    scale_bytes = number_bytes if not engine or opset >= _FLOAT16_SCALES else 4
     stored: Counter[str] = Counter()
     read = multiplied = 0
     for name, tensor in tensors.items():
-        size = _bytes(tensor.shape, formats[name], dialect, number_bytes)
-        is_embedding, tied = name == EMBEDDING, HEAD not in tensors
-        twice = is_embedding and tied and formats[name].quantised and dialect != ORT_DIALECT
-        rows = stored_bytes(tensor.shape, formats[name], number_bytes)
-        stored[formats[name].name] += rows + size if twice else rows if is_embedding and not tied else size
-        if not is_embedding or tied:
-            read += size
-            multiplied += tensor.shape[0] * tensor.shape[1] if len(tensor.shape) > 1 else 0
+        format, shape = formats[name], tensor.shape
+        if len(shape) == 1:
+            stored[_VECTORS[number_bytes]] += shape[0] * number_bytes
+            read += shape[0] * number_bytes
+            continue
+        looked_up, multiplies = name == EMBEDDING, name != EMBEDDING or tied
+        product = stored_bytes(_even(name, shape, format) if engine else shape, format, scale_bytes)
+        table = stored_bytes(shape, format, scale_bytes)
+        twice = looked_up and tied and engine and format.quantised
+        stored[format.name] += product + table if twice else product if multiplies else table
+        if multiplies:
+            read += product
+            multiplied += math.prod(shape)
     return Weights(dict(stored), read, multiplied)
 
 
-def _bytes(shape: tuple[int, ...], format: Format, dialect: str, number_bytes: int) -> int:
-    """Bytes of one copy that a product reads: TensorRT's hold an even number of the checkpoint's rows in 4 bits."""
-    if dialect != ORT_DIALECT and len(shape) > 1 and format.quantised and format.bits < 8:
-        shape = (shape[0] + shape[0] % 2, *shape[1:])
-    return stored_bytes(shape, format, number_bytes)
+def _even(name: str, shape: tuple[int, ...], format: Format) -> tuple[int, ...]:
+    """Rows of 4 bits come in pairs. What is stacked with its like, as gate and up are, makes pairs anyway; all that is
+    left is the head, and formats that cannot be stacked.
+    """
+    alone = name in (EMBEDDING, HEAD) or format.tensor_scale
+    return (shape[0] + shape[0] % 2, *shape[1:]) if format.bits == 4 and alone else shape
