@@ -21,7 +21,7 @@ import numpy.typing as npt
 from ..errors import LlamaExportError
 from .arrays import Float32
 from .bundle import DATA_FILE, GRAPH_FILE, Bundle
-from .onnx_file import Initializer
+from .onnx_file import BITS, Initializer
 from .reference import GLOBAL, ORDER, WeightRecord, fingerprint
 from .session import read_graph, weight_places
 from .stored_numbers import Numbers, Place, bytes_at
@@ -89,17 +89,20 @@ def compare_matrices(
 def _refuse_unrecorded(records: tuple[WeightRecord, ...], initializers: Mapping[str, Initializer]) -> None:
     """Rows without a record could hold anything. Offsets count, not names: a tied embedding and head are two names."""
     recorded: Counter[int] = Counter()
-    transposed, single = set(), set()
+    transposed, halves, single = set[int](), set[int](), set[int]()
     for record in records:
-        for place in _places(record, initializers).values():
-            recorded[place.initializer.offset] += record.shape[0]
-            if record.transposed:
-                transposed.add(place.initializer.offset)
+        places = list(_places(record, initializers).values())
+        offsets = [place.initializer.offset for place in places]
+        recorded.update(dict.fromkeys(offsets, record.shape[0]))
+        if record.transposed:
+            transposed.update(offsets)
+            if any(BITS[place.initializer.dtype] < 8 for place in places):
+                halves.update(offsets)
         if GLOBAL in record.initializers:
             single.add(_named(record, record.initializers[GLOBAL], initializers).offset)
     for name, stored in initializers.items():
         rows = recorded[stored.offset]
-        padded = rows + rows % 2 if stored.offset in transposed else rows  # to whole bytes, and cut off after use
+        padded = rows + rows % 2 if stored.offset in halves else rows  # to whole bytes, and cut off after use
         found = Place(stored, stored.offset in transposed).rows
         if stored.offset not in single and (not found or found not in (rows, padded)):
             raise LlamaExportError(

@@ -64,6 +64,9 @@ def _replace(graph: ir.Graph, matmul: ir.Node, result: ir.Value, nodes: list[ir.
     is_output = old in graph.outputs
     ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
     if is_output:
+        for node in nodes:
+            if node.outputs[0].name == old.name:
+                node.outputs[0].name = f"{old.name}/inner"
         result.name, old.name = old.name, f"{old.name}/replaced"
     graph.remove(matmul, safe=True)
 
