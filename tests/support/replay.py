@@ -15,7 +15,6 @@ from llama_export.optimize.formats import Format
 from llama_export.optimize.plan import column_orders, plan_formats
 from llama_export.optimize.tensors import SourceTensor
 from llama_export.progress import Silent
-from support.graphs import session
 from transformers import PreTrainedConfig
 
 DIALECTS = ("trt", "primitive-17", "primitive-21")
@@ -44,6 +43,15 @@ def write(graph: ir.Model, tensors: Mapping[str, SourceTensor], folder: Path) ->
     return folder / "model.onnx"
 
 
+def _session(path: Path) -> onnxruntime.InferenceSession:
+    """With products in the type of the activations; by default ONNX Runtime rounds what codes are multiplied with."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 2
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    return onnxruntime.InferenceSession(str(path), options)
+
+
 class Replay:
     """A graph and the cache of `rows` texts, [rows, kv_heads, context, head_dim] for each input `past_key_values…`.
 
@@ -51,7 +59,7 @@ class Replay:
     """
 
     def __init__(self, path: Path, rows: int, context: int = 64) -> None:
-        self.session: onnxruntime.InferenceSession = session(path)
+        self.session = _session(path)
         random = np.random.default_rng(9)
         self.cache = {
             value.name: 3
