@@ -120,6 +120,9 @@ def create_config(
         settings["compute_capabilities"] = list(_capabilities(recipe.compute_capability))
     with _quiet_polygraphy():
         config: trt.IBuilderConfig = (CreateConfigRTX if IS_RTX else CreateConfig)(**settings)(builder, network)
+    if IS_RTX:
+        # Or a run may allocate memory by itself, which no CUDA graph can record (TensorRT-RTX 1.2 release notes).
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # type: ignore[attr-defined]  # not in TensorRT
     return config
 
 
