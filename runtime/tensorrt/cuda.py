@@ -22,7 +22,7 @@ from ...tables import size
 _MODULES = ("cuda.bindings.runtime", "cuda.cudart")
 INSTALL = "`pip install cuda-bindings`, on JetPack 6 `pip install 'cuda-bindings<13'`"
 ALIGNMENT = 256
-"""Bytes on which TensorRT wants the tensors of a network to begin, and cudaMalloc's memory does."""
+"""Bytes on which every tensor begins, as memory of cudaMalloc does: no kernel asks for more."""
 
 
 class CudaError(LlamaExportError):
@@ -163,7 +163,9 @@ class Cuda:
         try:
             work()
         except BaseException:
-            runtime.cudaStreamEndCapture(self._stream)
+            _, graph = runtime.cudaStreamEndCapture(self._stream)
+            if graph is not None and int(graph):
+                runtime.cudaGraphDestroy(graph)
             runtime.cudaGetLastError()  # or the next call of a library would be blamed for it
             raise
         try:

@@ -56,8 +56,8 @@ class Lane:
         self.bound = False
 
     def close(self) -> None:
-        """Let go of the context."""
-        self._context = None
+        """Let go of the context and the engine, whose memory TensorRT gives back with its last lane."""
+        del self._context, self._engine
 
     @property
     def logits(self) -> Float32:
