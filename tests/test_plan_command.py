@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import llama_export
 import pytest
 from llama_export.errors import LlamaExportError, UsageError
 from llama_export.export.config_source import open_config
 from llama_export.export.hub import HubOptions
 from llama_export.export.published import published
 from llama_export.targets.devices import target_names
+from llama_export.targets.planner_published import predicted
+from llama_export.targets.planner_published import published as published_speeds
 from support.command import call, environment
 from support.gguf_models import write_llama_gguf
 from support.hf_models import write_llama_folder
@@ -111,6 +114,28 @@ def test_planning_needs_nothing_that_building_does() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment())
     assert done.returncode == 0, done.stderr
     assert "does not fit; " in done.stdout
+
+
+def test_the_page_shows_every_published_row_and_what_is_predicted() -> None:
+    """The table of docs/planning.md is what the planner says today."""
+
+    def text(value: float) -> str:
+        return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+    page = (Path(llama_export.__file__).parent / "docs/planning.md").read_text(encoding="utf-8")
+    for row in published_speeds().rows:
+        found = predicted(row)
+        mark = " *" if row.exception else ""
+        assert f"| {text(row.tokens_per_second)} | {text(found.low)} to {text(found.high)}{mark} |" in page
+
+
+def test_the_page_explains_every_key_of_the_document() -> None:
+    page = (Path(llama_export.__file__).parent / "docs/planning.md").read_text(encoding="utf-8")
+    document = json.loads(call("plan", "-m", "llama-3.2-1b", "-t", "l4", "--json").stdout)
+    (one,) = document.pop("plans")
+    keys = {*document, *document["model"], *document["request"], *one, *one["weights"], *one["memory"]}
+    keys |= {key for speeds in one["speeds"] for key in speeds}
+    assert {key for key in keys if f"`{key}`" not in page} == set()
 
 
 @pytest.mark.parametrize(
