@@ -28,7 +28,7 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff format --check .
 	@# mypy wants the package under its name, whatever this folder is called
 	mkdir -p .types && ln -sfn .. .types/llama_export
-	$(VENV)/bin/python .ci/tensorrt_stubs.py .types
+	$(VENV)/bin/python .ci/type_stubs.py .types
 	cd .types && $(abspath $(VENV))/bin/mypy --strict -p llama_export
 
 clean:

@@ -152,6 +152,27 @@ def plan(*, as_json: bool, quiet: bool, **options: Any) -> None:
 
 
 @main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--engine-dir", type=click.Path(path_type=Path), help="Where engines are kept; default: the user's cache folder."
+)
+@click.option("--force", is_flag=True, help="Build again, and even where memory seems not to be enough.")
+@json_option
+@quiet_option
+def engine(bundle: Path, engine_dir: Path | None, force: bool, as_json: bool, quiet: bool) -> None:
+    """Build the engine of BUNDLE for the GPU of this device and verify it, unless it is there."""
+    from .engine_report import build_and_verify, lines, to_json
+    from .runtime.bundle import open_bundle
+
+    with Terminal(quiet=quiet) as progress:
+        made = build_and_verify(open_bundle(bundle), progress, engine_dir=engine_dir, force=force)
+    if as_json:
+        click.echo(json.dumps(to_json(made), indent=2))
+    else:
+        echo_lines(lines(made))
+
+
+@main.command()
 @click.argument("name", required=False)
 @json_option
 def targets(name: str | None, as_json: bool) -> None:

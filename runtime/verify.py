@@ -12,6 +12,7 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,6 +31,9 @@ from .session import engine_name, import_onnxruntime, read_graph
 from .threads import choose_threads
 from .verdict import Check, Gate, Verdict
 from .weights import WeightDifference, compare_matrices, compare_weights
+
+if TYPE_CHECKING:
+    from .tensorrt import EngineFile
 
 _TOLD = 5  # of the things that differ
 
@@ -76,16 +80,23 @@ _HALF_AS_LIKELY = float(np.log(2))
 
 
 def verify(
-    bundle: Bundle, *, check_hashes: bool, threads: int | None, progress: Progress, backend: str | None = None
+    bundle: Bundle,
+    *,
+    check_hashes: bool,
+    threads: int | None,
+    progress: Progress,
+    backend: str | None = None,
+    engine: EngineFile | None = None,
 ) -> Verdict:
     """Replay the bundle's reference here and compare.
 
-    backend: as of `choose_backend`. Raises UsageError when it is none for this bundle or `threads` is out of range, and
-    LlamaExportError when the bundle cannot be compared at all: it needs another ONNX Runtime, or has no reference.
-    Where files differ from the manifest, that is the verdict.
+    backend: as of `choose_backend`; engine: this one instead. Raises UsageError when the backend is none for
+    this bundle or `threads` is out of range, and LlamaExportError when the bundle cannot be compared at all: it needs
+    another ONNX Runtime, or has no reference. Where files differ from the manifest, that is the verdict.
     """
     began = time.perf_counter()
-    run = _Run(bundle, choose_threads(threads), choose_backend(bundle, backend), progress)
+    choice = choose_backend(bundle, backend) if engine is None else Choice(bundle.manifest.backend, engine, asked=True)
+    run = _Run(bundle, choose_threads(threads), choice, progress)
     checks, positions, longest = [], 0, 0
     if check_hashes:
         progress.stage("Checking the files' hashes")

@@ -76,7 +76,7 @@ def read_machine() -> Machine:
     """Look at this machine."""
     cpu = _first_cpu(_text("proc/cpuinfo"))
     flags = (cpu.get("flags") or cpu.get("Features") or "").split()
-    memory, available = _memory()
+    memory, available = memory_bytes()
     gpus = read_gpus(_nvidia_smi())
     return Machine(
         system=platform.system(),
@@ -221,7 +221,7 @@ def _first_cpu(cpuinfo: str) -> dict[str, str]:
     return {key.strip(): value.strip() for key, value in pairs}
 
 
-def _memory() -> tuple[int, int]:
+def memory_bytes() -> tuple[int, int]:
     """Total and available bytes: the machine's, or a container's limit where that is lower."""
     sizes = dict(re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB", _text("proc/meminfo"), re.MULTILINE))
     if "MemTotal" in sizes:

@@ -1,4 +1,4 @@
-"""Put the stubs of the package tensorrt-stubs where mypy finds them: python .ci/tensorrt_stubs.py FOLDER
+"""Put the stubs of the package tensorrt-stubs where mypy finds them: python .ci/type_stubs.py FOLDER
 
 mypy passes by stubs of a package that has no py.typed, and these do not parse as they are: four functions have a
 parameter named `in`, one has a parameter without a default after those with one.

@@ -1,0 +1,56 @@
+"""What `llama-export engine` does and tells: build the device's engine, verify it, and say what that took."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from .errors import LlamaExportError
+from .progress import Progress
+from .runtime.bundle import REFERENCE, Bundle
+from .runtime.tensorrt import EngineFile
+from .runtime.verify import verify
+from .tables import size
+from .targets.engine_device import DeviceEngine, build_engine
+
+
+def build_and_verify(
+    bundle: Bundle, progress: Progress, *, engine_dir: Path | None = None, force: bool = False
+) -> DeviceEngine:
+    """See `build_engine`; an engine that `verify` does not pass raises LlamaExportError with the gates it fails."""
+    has_reference = any(name.startswith(f"{REFERENCE}/") for name in bundle.manifest.files)
+
+    def check(file: EngineFile) -> None:
+        if not has_reference:
+            progress.warn("The bundle was built with --no-reference, so the engine cannot be verified.")
+            return
+        verdict = verify(bundle, check_hashes=False, threads=None, progress=progress, engine=file)
+        if not verdict.passed:
+            failed = [str(gate) for one in verdict.checks for gate in one.gates if not gate.passed]
+            raise LlamaExportError(
+                f"The engine computes something else than PyTorch ({'; '.join(failed) or 'not compared'}), so it "
+                "is not kept; `llama-export run --backend onnxruntime` runs the bundle on the CPU."
+            )
+
+    return build_engine(bundle, check, progress, engine_dir=engine_dir, force=force)
+
+
+def lines(made: DeviceEngine) -> list[str]:
+    """The outcome for people."""
+    if made.built is None:
+        return [*made.notes, f"The engine is there already: {made.file.path}; --force builds it again."]
+    peak = f", {size(made.built.peak_bytes)} of memory at most" if made.built.peak_bytes else ""
+    took = f"{size(made.built.size)}, built in {made.built.seconds:.0f} s{peak}"
+    return [*made.notes, f"The engine is ready: {made.file.path} ({took})."]
+
+
+def to_json(made: DeviceEngine) -> dict[str, object]:
+    """The outcome for programs."""
+    return {
+        "schema_version": 1,
+        "path": str(made.file.path),
+        "module": made.file.module,
+        "version": made.file.version,
+        "built": None if made.built is None else asdict(made.built),
+        "notes": list(made.notes),
+    }
