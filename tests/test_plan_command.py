@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,16 +11,21 @@ from typing import Any
 
 import llama_export
 import pytest
+from llama_export.build_options import BuildOptions
 from llama_export.errors import LlamaExportError, UsageError
+from llama_export.export.config import expected_tensors
 from llama_export.export.config_source import open_config
 from llama_export.export.hub import HubOptions
 from llama_export.export.published import published
-from llama_export.targets.devices import target_names
+from llama_export.planning import BuildPlan, plan_build
+from llama_export.progress import Silent
+from llama_export.targets.devices import load_target, target_names
 from llama_export.targets.planner_published import predicted
 from llama_export.targets.planner_published import published as published_speeds
 from support.command import call, environment
 from support.gguf_models import write_llama_gguf
-from support.hf_models import write_llama_folder
+from support.hf_models import write_json, write_llama_folder
+from support.hub_server import HubServer, Repo
 
 CONFIG_ONLY = {
     "architectures": ["LlamaForCausalLM"],
@@ -39,6 +45,23 @@ def config_folder(path: Path, **changes: Any) -> Path:
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text(json.dumps({**CONFIG_ONLY, **changes}))
     return path
+
+
+def write_large_folder(path: Path, **sizes: int) -> None:
+    """A checkpoint of zeros that take no room on the disk."""
+    write_llama_folder(path)
+    config = json.loads((path / "config.json").read_text()) | sizes
+    write_json(path / "config.json", config)
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in expected_tensors(config).items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with (path / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
 
 
 def test_all_targets_are_planned_when_none_is_named() -> None:
@@ -67,16 +90,48 @@ def test_a_folder_needs_its_config_alone(tmp_path: Path) -> None:
     assert call("plan", "-m", folder / "config.json", "-t", "cpu").exit_code == 0
 
 
-def test_it_counts_what_a_build_counts(tmp_path: Path) -> None:
-    from llama_export.build_options import BuildOptions
-    from llama_export.planning import plan_build
-    from llama_export.progress import Silent
-    from llama_export.targets.devices import load_target
+BOARD = 'base = "cpu"\nmemory_gb = {memory}\nreserve_gb = 0.1\ndefault_precision = "{precision}"\n'
+LARGE = {"vocab_size": 8000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}
 
-    folder = write_llama_folder(tmp_path / "llama")
-    planned = json.loads(call("plan", "-m", folder, "-t", "cpu", "--precision", "int8", "--json").stdout)["plans"][0]
-    built = plan_build(BuildOptions(str(folder), "cpu", tmp_path / "out", "int8"), load_target("cpu"), Silent())
-    assert (planned["weights"]["bytes"], planned["context"]) == (built.stored, built.context.context)
+
+def planned(tmp_path: Path, memory: float, precision: str = "fp32", **options: Any) -> tuple[BuildPlan, str]:
+    """What a build of 255 MB of float32 decides for a board with so many GB, and the board."""
+    folder = tmp_path / "large"
+    if not folder.exists():
+        write_large_folder(folder, **LARGE)
+    board = tmp_path / "board.toml"
+    board.write_text(BOARD.format(memory=memory, precision=precision))
+    asked = BuildOptions(str(folder), str(board), tmp_path / "out", **options)
+    return plan_build(asked, load_target(str(board)), Silent()), str(board)
+
+
+def test_it_counts_what_a_build_counts(tmp_path: Path) -> None:
+    built, board = planned(tmp_path, 4, "int8")
+    result = call("plan", "-m", tmp_path / "large", "-t", board, "--json")
+    (one,) = json.loads(result.stdout)["plans"]
+    assert (one["weights"]["bytes"], one["context"]) == (built.stored, built.context.context)
+
+
+def test_a_build_takes_a_smaller_precision_and_says_so(tmp_path: Path) -> None:
+    built, _ = planned(tmp_path, 0.5)
+    assert built.precision in ("int8", "int4")
+    (note,) = [note for note in built.source.notes if note.startswith("The weights are ")]
+    assert f"are {built.precision} rather than fp32, board's default" in note
+    assert {format.name for name, format in built.formats.items() if "_proj" in name} == {built.precision}
+
+
+def test_a_build_keeps_a_default_that_fits(tmp_path: Path) -> None:
+    built, _ = planned(tmp_path, 4)
+    assert built.precision == "fp32"
+    assert not any(note.startswith("The weights are ") for note in built.source.notes)
+
+
+def test_a_hopeless_build_is_refused_unless_forced(tmp_path: Path) -> None:
+    with pytest.raises(LlamaExportError, match=r"large on board does not fit: int4 takes .* --force builds it anyway"):
+        planned(tmp_path, 0.25)
+    built, _ = planned(tmp_path, 0.25, force=True)
+    assert built.context.warning is not None
+    assert built.precision == "int4"
 
 
 def test_a_gguf_is_planned_from_its_header(tmp_path: Path) -> None:
@@ -162,6 +217,18 @@ def test_targets_that_lack_what_is_asked_for_are_left_out_and_named() -> None:
     assert result.exit_code == 0
     assert "Left out, as they lack what was asked for: a100, " in result.stdout
     assert {line.split()[0][:11] for line in result.stdout.splitlines()[1:5]} == {"jetson-agx-", "jetson-orin"}
+
+
+def test_of_the_hub_only_the_config_is_fetched(tmp_path: Path) -> None:
+    files = {"config.json": json.dumps(CONFIG_ONLY).encode(), "model.safetensors": b"x" * 1000}
+    with HubServer({"org/tiny": Repo(files)}) as hub:
+        settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        code = "from llama_export.cli import main; main(['plan', '-m', 'org/tiny', '-t', 'cpu'])"
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(**settings))
+        assert done.returncode == 0, done.stderr
+        assert "Read from config.json on the hub, c0ffee" in done.stdout
+        assert not any("safetensors" in seen.path for seen in hub.seen)
 
 
 @pytest.mark.parametrize(
