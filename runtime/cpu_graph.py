@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from .onnx_file import Initializer
 from .onnx_nodes import Node, read_nodes, with_nodes
+from .recipe import POSITIONS
 
 _MICROSOFT = "com.microsoft"
 _OPSETS = {_MICROSOFT: 1}
@@ -23,7 +24,7 @@ def for_cpu(graph: bytes, weights: Mapping[str, Initializer], *, exact: bool) ->
     """
     before = read_nodes(graph)
     nodes: Sequence[Node] = before
-    passes: tuple[Pass, ...] = (rows_before_values, plain_activations) if exact else (rows_before_values,)
+    passes: tuple[Pass, ...] = (rows_before_values, used_keys, *((plain_activations,) if exact else ()))
     for change in passes:
         nodes = list(change(nodes, weights))
     return graph if nodes == before else with_nodes(graph, nodes, _OPSETS)
@@ -48,6 +49,30 @@ def rows_before_values(nodes: Sequence[Node], weights: Mapping[str, Initializer]
             yield from _looked_up(node, table, weights)
         elif not node.outputs or node.outputs[0] not in tables:
             yield node
+
+
+def used_keys(nodes: Sequence[Node], weights: Mapping[str, Initializer]) -> Iterable[Node]:
+    """Let Attention read the part of a static cache that holds tokens; the rest is masked, and would cost the same."""
+    scattered = {node.outputs[0] for node in nodes if node.op == "TensorScatter"}
+    attentions = [node for node in nodes if node.op == "Attention" and set(node.inputs[1:3]) <= scattered]
+    if not attentions:
+        return nodes
+    one, rows, keys, used = (f"used_keys/{name}" for name in ("one", "rows", "keys", "count"))
+    constants = {one: 1, f"{one}/none": 0, rows: 2, keys: 3}
+    result = [Node("Constant", (), (name,), attributes={"value_ints": [value]}) for name, value in constants.items()]
+    result.append(Node("ReduceMax", (POSITIONS,), (f"{used}/last",), attributes={"keepdims": 0}))
+    result.append(Node("Add", (f"{used}/last", one), (used,)))
+    sliced: dict[str, str] = {}
+    for node in nodes:
+        if node not in attentions:
+            result.append(node)
+            continue
+        for name, axis in zip(node.inputs[1:4], (rows, rows, keys), strict=True):
+            if name not in sliced:
+                sliced[name] = f"{name}/used"
+                result.append(Node("Slice", (name, f"{one}/none", used, axis), (sliced[name],)))
+        result.append(node.taking([sliced.get(name, name) for name in node.inputs]))
+    return result
 
 
 def plain_activations(nodes: Sequence[Node], weights: Mapping[str, Initializer]) -> Iterable[Node]:

@@ -6,8 +6,8 @@ for byte.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from .protobuf import Field, block_field, fields_of, messages_of, number_field, text_of
 
@@ -15,21 +15,21 @@ _MODEL_GRAPH, _MODEL_OPSET = 7, 8
 _OPSET_DOMAIN, _OPSET_VERSION = 1, 2
 _GRAPH_NODE = 1
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 3, 4, 5, 7
-_ATTRIBUTE_NAME, _ATTRIBUTE_INT, _ATTRIBUTE_TYPE = 1, 3, 20
-_INT = 2
+_ATTRIBUTE_NAME, _ATTRIBUTE_INT, _ATTRIBUTE_INTS, _ATTRIBUTE_TYPE = 1, 3, 8, 20
+_INT, _INTS = 2, 7
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node. attributes: those that are integers. encoded: as it stands in its file, with all its attributes; empty
-    for one that is new.
+    """One node. attributes: of one that was read, those that are integers; of a new one, integers and lists of them.
+    encoded: as it stands in its file, with all its attributes; empty for a new one.
     """
 
     op: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     domain: str = ""
-    attributes: Mapping[str, int] = field(default_factory=dict)
+    attributes: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
     encoded: bytes = b""
 
     def encode(self) -> bytes:
@@ -40,10 +40,20 @@ class Node:
                 *(block_field(_NODE_OUTPUT, name.encode()) for name in self.outputs),
                 block_field(_NODE_NAME, self.outputs[0].encode()),
                 block_field(_NODE_OP, self.op.encode()),
-                *(block_field(_NODE_ATTRIBUTE, _integer(name, value)) for name, value in self.attributes.items()),
+                *(block_field(_NODE_ATTRIBUTE, _attribute(name, value)) for name, value in self.attributes.items()),
                 block_field(_NODE_DOMAIN, self.domain.encode()),
             )
         )
+
+    def taking(self, inputs: Sequence[str]) -> Node:
+        """The same node with other inputs."""
+        others = (
+            self.encoded[part.key : part.stop]
+            for part in fields_of(self.encoded, 0, len(self.encoded))
+            if part.number != _NODE_INPUT
+        )
+        encoded = b"".join((*(block_field(_NODE_INPUT, name.encode()) for name in inputs), *others))
+        return replace(self, inputs=tuple(inputs), encoded=encoded if self.encoded else b"")
 
 
 def read_nodes(model: bytes) -> list[Node]:
@@ -86,7 +96,7 @@ def _graph(model: bytes, graph: Field, nodes: Iterable[Node]) -> bytes:
 
 def _node(model: bytes, part: Field) -> Node:
     texts: dict[int, list[str]] = {_NODE_INPUT: [], _NODE_OUTPUT: [], _NODE_OP: [], _NODE_DOMAIN: []}
-    attributes = {}
+    attributes: dict[str, int | Sequence[int]] = {}
     for one in fields_of(model, part.start, part.stop):
         if one.number in texts and one.varint is None:
             texts[one.number].append(text_of(model, one))
@@ -100,6 +110,10 @@ def _node(model: bytes, part: Field) -> Node:
     return Node(op, inputs, outputs, domain, attributes, model[part.start : part.stop])
 
 
-def _integer(name: str, value: int) -> bytes:
-    body = number_field(_ATTRIBUTE_INT, value) + number_field(_ATTRIBUTE_TYPE, _INT)
+def _attribute(name: str, value: int | Sequence[int]) -> bytes:
+    if isinstance(value, int):
+        body = number_field(_ATTRIBUTE_INT, value) + number_field(_ATTRIBUTE_TYPE, _INT)
+    else:
+        items = b"".join(number_field(_ATTRIBUTE_INTS, item) for item in value)
+        body = items + number_field(_ATTRIBUTE_TYPE, _INTS)
     return block_field(_ATTRIBUTE_NAME, name.encode()) + body
