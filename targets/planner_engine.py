@@ -8,7 +8,7 @@ from ..runtime.bundle import MODULES
 from .devices import GB, Target
 from .made import Made
 from .names import ONNXRUNTIME, TENSORRT
-from .recipes import build_memory
+from .recipes import build_memory, workspace_bytes
 
 DESKTOP_BYTES = 800_000_000
 """What a Jetson whose desktop is closed has free in addition; an assumption."""
@@ -33,7 +33,8 @@ def engine_build(target: Target, made: Made, weight_bytes: int) -> EngineBuild |
     """What building the engine of weights of `weight_bytes` takes; None where ONNX Runtime runs the bundle."""
     if made.backend == ONNXRUNTIME:
         return None
-    peak = build_memory(MODULES[made.backend], weight_bytes)
+    workspace = workspace_bytes(made.backend, shared_memory=target.shared_memory)
+    peak = build_memory(MODULES[made.backend], weight_bytes) + workspace
     if made.backend != TENSORRT or not target.shared_memory:
         return EngineBuild(peak, on_device=made.backend == TENSORRT, fits=True, headless=True)
     usable = int(target.usable_gb * GB)

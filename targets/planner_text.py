@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from ..errors import LlamaExportError
 from ..tables import columns, size
 from .context import ContextChoice, budget_text, choose_context
 from .names import PRODUCTS
-from .planner import DOES_NOT_FIT, FITS, USEFUL_CONTEXT, Assessment, Model, Speeds, Wish
+from .planner import DOES_NOT_FIT, FITS, USEFUL_CONTEXT, Assessment, Model, Speeds, Wish, assess
 from .planner_engine import DESKTOP_BYTES
 from .planner_speed import (
     BANDWIDTH_EFFICIENCY,
@@ -22,6 +22,9 @@ from .planner_speed import (
 )
 
 SCHEMA_VERSION = 1
+SHORT_CONTEXT = 8192
+"""Tokens for which the speed is told beside that of a longer fixed cache."""
+
 HEADER = (
     *("TARGET", "BACKEND", "WEIGHTS", "", "CACHE", "TOTAL", "OF USABLE", "CONTEXT"),
     *("DECODE, TOKENS/S", "PREFILL, TOKENS/S", "VERDICT"),
@@ -162,7 +165,7 @@ def _speed_notes(one: Assessment) -> Iterator[str]:
         f"pauses of {pauses} µs a layer; this is what published speeds on Jetsons keep to."
     )
     if one.made.dialect == "trt":
-        yield "A token reads the whole cache, used or not: a smaller --context is quicker."
+        yield f"A token reads the whole cache, used or not: a smaller --context is quicker{_with_short_context(one)}."
     if one.made.dialect == "trt-primitive":
         yield "A token reads the used part of the cache twice and writes it once, since past and new are joined."
     quantised = any(format.quantised for format in one.formats.values())
@@ -171,6 +174,15 @@ def _speed_notes(one: Assessment) -> Iterator[str]:
         yield f"Prefill: products run at {least} to {most} of the dense FP16 peak; the upper end is an assumption."
     else:
         yield f"Prefill is not predicted, since the catalogue knows no peak of {one.target.name}."
+
+
+def _with_short_context(one: Assessment) -> str:
+    """How quick a fixed cache of a usual length would be."""
+    if one.context <= SHORT_CONTEXT:
+        return ""
+    precision = one.wish.precision if one.model.native and one.wish.precision is None else one.precision
+    short = assess(one.target, one.made, one.model, replace(one.wish, precision=precision, context=SHORT_CONTEXT))
+    return f", {_range(short.speeds[0].decode)} tokens/s with {SHORT_CONTEXT:,} tokens"
 
 
 def to_json(model: Model, origin: str, wish: Wish, found: Sequence[Assessment]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def recipe_for(
     module = MODULES[release.backend]
     weak = not release.strongly_typed
     flags = ("FP16", *(("INT8",) if quantises_activations else ()), "PREFER_PRECISION_CONSTRAINTS")
-    workspace = _JETSON_WORKSPACE if shared_memory and release.backend != TENSORRT_RTX else 0
+    workspace = workspace_bytes(release.backend, shared_memory=shared_memory)
     return Recipe(
         module=module,
         version=release.version,
@@ -59,6 +59,11 @@ def recipe_for(
         build_memory_bytes=build_memory(module, weights) + workspace,
         profiles=profiles_of(release.dialect, shape, limits),
     )
+
+
+def workspace_bytes(backend: str, *, shared_memory: bool) -> int:
+    """Bytes that kernels may ask for while they are timed; 0 leaves it to TensorRT."""
+    return _JETSON_WORKSPACE if shared_memory and backend != TENSORRT_RTX else 0
 
 
 def build_memory(module: str, weights: int) -> int:

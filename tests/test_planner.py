@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 from llama_export.errors import LlamaExportError, UsageError
 from llama_export.export.config_source import open_config
-from llama_export.targets import made
+from llama_export.runtime.bundle import Limits, Shape
 from llama_export.targets.choice import choose
 from llama_export.targets.context import need
 from llama_export.targets.devices import Target, load_target, target_names
@@ -26,20 +25,17 @@ from llama_export.targets.planner import (
 from llama_export.targets.planner_text import (
     context_choice,
     detail_lines,
+    notes,
     precision_note,
     refusal,
     sentence,
     table_lines,
     to_json,
 )
+from llama_export.targets.recipes import recipe_for
+from llama_export.targets.tensorrt import release_of
 
 NAMES = [name for name in target_names() if name != "host"]
-
-
-@pytest.fixture(autouse=True)
-def _engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(made, "ENGINES_READY", True)
-    yield
 
 
 def model(name: str) -> Model:
@@ -167,6 +163,25 @@ def test_a_fixed_cache_is_read_whole_and_a_growing_one_as_far_as_it_is_filled(di
     short, long = (plan("llama-3.2-1b", target, context=context) for context in (2048, 65_536))
     assert short.made.dialect == dialect
     assert (long.speeds[0].decode.high < short.speeds[0].decode.high) == (dialect == "trt")
+
+
+def test_what_a_shorter_fixed_cache_would_give_is_told() -> None:
+    long, short = plan("llama-3.1-8b", "dgx-spark"), plan("llama-3.1-8b", "dgx-spark", context=8192)
+    (told,) = [note for note in notes(long) if "a smaller --context is quicker" in note]
+    assert told.endswith("tokens/s with 8,192 tokens.")
+    assert f"{short.speeds[0].decode.low:.0f} to {short.speeds[0].decode.high:.0f}" in told
+    assert any(note.endswith("a smaller --context is quicker.") for note in notes(short))
+
+
+def test_the_memory_to_build_an_engine_is_that_of_its_recipe() -> None:
+    found = plan("llama-3.2-1b", "jetson-orin-nano-8gb")
+    release = release_of(found.target)
+    assert release is not None
+    shape = Shape(1, 32, 2, 1, 16, 32, 64, "float16")
+    weights = found.weights.total
+    recipe = recipe_for(release, ("8.7",), shape, Limits(64, 1, 64), weights=weights, shared_memory=True)
+    assert found.engine is not None
+    assert found.engine.peak_bytes == recipe.build_memory_bytes
 
 
 def test_several_texts_at_once_write_more_and_each_fewer() -> None:
