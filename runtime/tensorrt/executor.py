@@ -68,6 +68,7 @@ class TensorRTExecutor:
         self._cuda, self._cache = cuda, cache
         self._context = limits.context
         self._recording = Recording(cuda, self._decode)
+        self._decoded = cache.length  # for which `_decode` is bound; compared, as an interrupt may come at any time
 
     def close(self) -> None:
         """Give the GPU's memory back; the executor cannot run afterwards."""
@@ -84,9 +85,11 @@ class TensorRTExecutor:
                 f"not {rows} rows of {count} up to {end - 1}."
             )
         self._cuda.wait()  # a run that was interrupted may still read what is written next
-        if self._cache.fit(max(starts), end):
+        self._cache.fit(max(starts), end)
+        if self._cache.length != self._decoded:
             self._recording.forget()
             self._decode.unbind()
+            self._decoded = self._cache.length
         run = self._run_one if count == 1 else self._run_many
         return run(ids, positions, kept, starts)
 

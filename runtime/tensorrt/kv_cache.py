@@ -51,8 +51,8 @@ class Cache(ABC):
         self._base = cuda.allocate(len(self._names) * self._stride(rows, limits.context), "the cache")
 
     @abstractmethod
-    def fit(self, used: int, end: int) -> bool:
-        """Make room for tokens before `end`, keeping those before `used`; return whether `length` has changed."""
+    def fit(self, used: int, end: int) -> None:
+        """Make room for tokens before `end`, keeping those before `used`; `length` may be another afterwards."""
 
     @abstractmethod
     def inputs(self, row: int | None, *, empty: bool = False) -> Iterator[Bound]:
@@ -85,9 +85,8 @@ class StaticCache(Cache):
         super().__init__(cuda, shape, limits, rows)
         self.length = limits.context
 
-    def fit(self, used: int, end: int) -> bool:
+    def fit(self, used: int, end: int) -> None:
         """It always fits."""
-        return False
 
     def inputs(self, row: int | None, *, empty: bool = False) -> Iterator[Bound]:
         """The whole context: its length is fixed in the graph."""
@@ -129,9 +128,8 @@ class GrowingCache(Cache):
         self._fresh = cuda.allocate(len(self._names) * fresh, "new keys and values")
         self._move: _Move | None = None
 
-    def fit(self, used: int, end: int) -> bool:
+    def fit(self, used: int, end: int) -> None:
         """See `Cache.fit`. A text that begins anew starts in the shortest bucket again."""
-        before = self.length
         self._finish_move()
         least = next(length for length in self._buckets if length >= end)
         if not used:
@@ -139,7 +137,6 @@ class GrowingCache(Cache):
         elif least > self.length:
             self._move = _Move(least, used, len(self._names) * self._rows * self._heads)
             self._finish_move()
-        return self.length != before
 
     def inputs(self, row: int | None, *, empty: bool = False) -> Iterator[Bound]:
         """A past of one token where none is visible: the graph takes no fewer."""
