@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +18,7 @@ import onnxruntime
 import pytest
 from llama_export.errors import LlamaExportError, UsageError
 from llama_export.export import columns as panels
+from llama_export.export.encode import Part
 from llama_export.export.write import lay_out, placements, refer, write_data
 from llama_export.optimize.formats import (
     EMBEDDING,
@@ -31,6 +34,7 @@ from llama_export.optimize.formats import (
     int_format,
     stored_bytes,
 )
+from llama_export.optimize.ort.pack_linears import pack_linears
 from llama_export.optimize.plan import plan_formats
 from llama_export.optimize.policy import ORT, TENSORRT, TENSORRT_8, TENSORRT_RTX
 from llama_export.optimize.quantise import converted, dequantise, quantise, round_scales, stored_values
@@ -78,10 +82,10 @@ def canonical(weights: Sequence[SourceTensor], dtype: ir.DataType, *, embedding:
         name = weight.name.removesuffix(".weight")
         if embedding and weight.name == EMBEDDING:
             nodes.append(ir.node("Gather", [value, ids], {"axis": 0}, name=f"{name}/Gather"))
-            nodes.append(ir.node("Identity", [nodes[-1].outputs[0]], name=f"{name}/rows"))
         else:
             nodes.append(ir.node("Transpose", [value], {"perm": [1, 0]}, name=f"{name}/Transpose"))
             nodes.append(ir.node("MatMul", [x, nodes[-1].outputs[0]], name=f"{name}/MatMul"))
+        nodes.append(ir.node("Identity", [nodes[-1].outputs[0]], name=f"{name}/result"))
         outputs.append(nodes[-1].outputs[0])
         outputs[-1].name, outputs[-1].type = nodes[-1].name, kind
         outputs[-1].shape = ir.Shape([1, "n", weight.shape[1 if embedding and weight.name == EMBEDDING else 0]])
@@ -101,10 +105,13 @@ def written(
     dtype: ir.DataType = ir.DataType.FLOAT,
     opset: int = 24,
     embedding: bool = False,
+    together: bool = False,
     inputs: Mapping[str, InputScale] | None = None,
 ) -> ir.Model:
-    """The lowered model in `folder`, with its weights."""
+    """The lowered model in `folder`, with its weights, stacked into one where they are `together`."""
     model = canonical(weights, dtype, embedding=embedding)
+    if together:
+        pack_linears(model, formats)
     lower_linears(model, formats, opset=opset, inputs=inputs or {})
     if embedding:
         lower_embedding(model, formats)
@@ -202,6 +209,44 @@ def test_own_blocks_keep_their_values(own: Format, policy: Any, dtype: str, tmp_
     assert differing(tmp_path, recorded) == []
     stored = stored_scales(tmp_path, recorded[0])
     assert (stored > 0).all() or format.bits in policy.signed
+
+
+@pytest.mark.parametrize(("dtype", "lost"), [(np.float32, False), (np.float16, True)])
+def test_zero_points_that_become_offsets_tell_what_half_precision_loses(dtype: Any, lost: bool) -> None:
+    own = int_format(4, zeros=True)
+    blocks = own_blocks(21, 128, own)
+    weight = source(WEIGHT, dequantise(blocks, 128), blocks)
+    _, loss = Part(weight, int_format(4, offsets=True), np.dtype(dtype), 0, 21).encoded()
+    assert (loss is not None) == lost
+    if loss is not None:
+        assert loss.format == "int4-offset"
+        assert 0 < loss.relative < 2**-10
+
+
+@pytest.mark.parametrize("rows", [(37, 21), (38, 20)])
+def test_stacked_weights_share_a_byte_where_they_meet(rows: tuple[int, int], tmp_path: Path) -> None:
+    other = WEIGHT.replace("up", "gate")
+    weights = [source(WEIGHT, matrix(rows[0], 64)), source(other, matrix(rows[1], 64, seed=1))]
+    formats = {WEIGHT: INT4, other: INT4}
+    model = written(tmp_path, weights, formats, together=True)
+    results = run(tmp_path, {"x": np.eye(64, dtype=np.float32)[None]})
+    for weight, result in zip(weights, results, strict=False):
+        assert np.array_equal(result[0].T, stored_values(weight, INT4, 0, weight.shape[0], np.float32))
+    recorded = records(model, weights)
+    assert differing(tmp_path, recorded) == []
+    with pytest.raises(LlamaExportError, match="does not say what all of"):
+        differing(tmp_path, recorded[:1])
+    line = (sum(rows) + 1) // 2 * 8
+    flip_bit(tmp_path, recorded[0].initializers["codes"], 5 * line + rows[0] * 4)  # the second one's first row
+    assert differing(tmp_path, recorded) == [other]
+
+
+def test_weights_with_a_scale_of_their_own_stay_apart() -> None:
+    other = WEIGHT.replace("up", "gate")
+    for format, joined in ((INT4, 1), (NVFP4, 2)):
+        model = canonical([source(WEIGHT, matrix(4, 16)), source(other, matrix(4, 16))], ir.DataType.FLOAT)
+        pack_linears(model, {WEIGHT: format, other: format})
+        assert sum(node.op_type == "MatMul" for node in model.graph) == joined
 
 
 def stored_scales(folder: Path, record: WeightRecord) -> np.ndarray:
@@ -420,3 +465,36 @@ def test_what_is_written_is_as_large_as_planned(tmp_path: Path) -> None:
         layout = lay_out(written(tmp_path, [weight], {WEIGHT: format}, dtype=ir.DataType.FLOAT16))
         assert sum(region.size for region in layout.regions.values()) == stored_bytes((64, 128), format, 2)
         assert math.prod(weight.shape) > 0
+
+
+def test_blocks_of_onnx_runtime_are_what_they_were() -> None:
+    """A bundle for ONNX Runtime has the same bytes as before there were others."""
+    digest = hashlib.sha256()
+    for bits, block, columns in itertools.product((4, 8), (16, 32, 128), (64, 77)):
+        blocks = quantise(matrix(9, columns), int_format(bits, block))
+        digest.update(blocks.codes.tobytes() + blocks.scales.tobytes())
+    assert digest.hexdigest() == "e0c6f14b21274db809a5fa5430ae4312533522d4e1a2d4c895fedf08bf35ac77"
+
+
+RTX = [(FP16, "8.0"), (INT4, "8.9"), (POSITIVE8, "8.9"), (INT8_ROW, "8.9"), (FP8, "8.9"), (NVFP4, "12.0")]
+
+
+@pytest.mark.parametrize(("format", "capability"), RTX, ids=lambda item: getattr(item, "name", item))
+def test_tensorrt_builds_it_with_the_weights_quantised(format: Format, capability: str, tmp_path: Path) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    shape = (1023, 1024)
+    written(tmp_path, [source(WEIGHT, matrix(*shape))], {WEIGHT: format}, dtype=ir.DataType.FLOAT16)
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse_from_file(str(tmp_path / "model.onnx")), parser.get_error(0).desc()
+    config = builder.create_builder_config()
+    profile = builder.create_optimization_profile()
+    profile.set_shape("x", (1, 1, shape[1]), (1, 8, shape[1]), (1, 8, shape[1]))
+    config.add_optimization_profile(profile)
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}"), 0)
+    plan = builder.build_serialized_network(network, config)
+    assert plan is not None
+    assert plan.nbytes < stored_bytes(shape, format, 2) + 600_000
