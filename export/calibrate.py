@@ -62,10 +62,14 @@ class Calibration:
 
 @dataclass
 class _Watched:
-    """What has been seen: of inputs the largest magnitudes and every token's size, of weights the bytes in float32."""
+    """What has been seen: of inputs what `Calibration` says, of weights the bytes in float32.
+
+    sizes: of each token, of the inputs in the layer that runs.
+    """
 
     tensors: Mapping[str, SourceTensor]
     amax: dict[str, float] = field(default_factory=dict)
+    typical: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     passed_bytes: int = 0
 
@@ -87,6 +91,11 @@ class _Watched:
         self.amax[name] = max(self.amax.get(name, 0.0), largest)
         self.sizes.setdefault(name, []).append(values.square().mean(-1).sqrt().flatten())
 
+    def settle(self) -> None:
+        """All of a layer has been noted. Little tensors that stay would keep its memory in pieces."""
+        self.typical |= {name: torch.cat(sizes).median().item() for name, sizes in self.sizes.items()}
+        self.sizes.clear()
+
     def hook(self, name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
         return lambda _module, inputs: self.note(name, inputs[0])
 
@@ -102,14 +111,15 @@ def calibrate(source: Source, text: CalibrationText, context: int, progress: Pro
 
     def begin(index: int, layer: torch.nn.Module) -> None:
         progress.advance(watched.passed_bytes, total)
+        watched.settle()
         for name, module in projections(index, layer):
             module.register_forward_pre_hook(watched.hook(name))
 
     hidden = model.decoded(text.sequences, begin)
     watched.note(head_of(source.tensors), model.normed(torch.cat([state[0] for state in hidden])))
     progress.advance(total, total)
-    typical = {name: torch.cat(sizes).median().item() for name, sizes in watched.sizes.items()}
-    return Calibration(text, watched.amax, typical)
+    watched.settle()
+    return Calibration(text, watched.amax, watched.typical)
 
 
 def settled_formats(

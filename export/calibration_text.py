@@ -16,7 +16,9 @@ LENGTH = 512
 """Most tokens of a sequence."""
 
 TOKENS = 4096
-"""Most tokens in all: what is read stops growing long before (docs/parity.md has figures)."""
+"""Most tokens in all. From 2,048 to 4,096 of WikiText, SmolLM2-135M's largest magnitudes grow by 0.6 % in the middle,
+by 8 % for one projection in ten; from 512 to 2,048 by 2 % and 10 %.
+"""
 
 LEAST = 128
 """Tokens below which the largest magnitudes say little of other texts."""
