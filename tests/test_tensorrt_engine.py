@@ -79,7 +79,7 @@ def test_a_plan_for_something_else_is_told_apart(
     message = refusal(bundle, write_plan(tmp_path / "plan", bundle, one, **facts), one)
     assert told in message
     assert f"cannot load {tmp_path / 'plan'} on Orin" in message
-    assert f"`llama-export engine {bundle.path}`" in message
+    assert f"`llama-export engine {bundle.path} --force`" in message
 
 
 def test_a_plan_that_the_gpu_has_no_memory_for(bundle: Bundle, orin: FakeCuda, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ class _Diagnosis:
     remedy: str
 
 
-_REBUILD = "build one here with `llama-export engine {bundle}`"
+_REBUILD = "build one here with `llama-export engine {bundle}{force}`"
 _DIAGNOSES = (
     _Diagnosis(
         frozenset({"MALFORMED_ENGINE"}),
@@ -107,7 +107,9 @@ def load_engine(bundle: Bundle, file: EngineFile, gpu: Gpu) -> Engine:
     runtime = module.Runtime(logger)
     handle = _deserialize(bundle, file, gpu, module, runtime, logger)
     for problem in _problems(bundle, recipe, handle):
-        raise LlamaExportError(f"{file.path} is no engine of {bundle.path}: {problem}; {_mend(_REBUILD, bundle)}.")
+        raise LlamaExportError(
+            f"{file.path} is no engine of {bundle.path}: {problem}; {_mend(_REBUILD, bundle, file)}."
+        )
     types = {name: _type(handle, name) for name in _tensors(handle)}
     return Engine(module, runtime, handle, logger, types, recipe)
 
@@ -119,7 +121,7 @@ def _deserialize(bundle: Bundle, file: EngineFile, gpu: Gpu, module: Any, runtim
         if not 0 < count < gpu.total_bytes:
             raise LlamaExportError(
                 f"{file.path} has {size(count)}, but an engine for {gpu.name} has more than none and less than its "
-                f"memory of {size(gpu.total_bytes)}; {_mend(_REBUILD, bundle)}."
+                f"memory of {size(gpu.total_bytes)}; {_mend(_REBUILD, bundle, file)}."
             )
         with file.path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as plan:
             handle = runtime.deserialize_cuda_engine(plan)
@@ -141,11 +143,14 @@ def _refusal(bundle: Bundle, file: EngineFile, gpu: Gpu, reasons: frozenset[str]
     facts = {"product": product, "free": size(gpu.free_bytes), "total": size(gpu.total_bytes), "driver": gpu.driver}
     told, remedy = (found[0].told.format(**facts), found[0].remedy) if found else ("it gives no known reason", _REBUILD)
     said = f' ("{messages[0].strip()[:200]}")' if messages else ""
-    return f"{product} {file.version} cannot load {file.path} on {gpu.name}: {told}{said}; {_mend(remedy, bundle)}."
+    return (
+        f"{product} {file.version} cannot load {file.path} on {gpu.name}: {told}{said}; {_mend(remedy, bundle, file)}."
+    )
 
 
-def _mend(remedy: str, bundle: Bundle) -> str:
-    return remedy.format(bundle=bundle.path)
+def _mend(remedy: str, bundle: Bundle, file: EngineFile) -> str:
+    """A remedy for this bundle; an engine that was built here is only replaced when that is asked for."""
+    return remedy.format(bundle=bundle.path, force=" --force" if file.built_here else "")
 
 
 def _problems(bundle: Bundle, recipe: Recipe, handle: Any) -> Iterator[str]:
