@@ -13,11 +13,13 @@ from llama_export.export.write import lay_out, refer, write_data
 from llama_export.optimize import primitive, trt
 from llama_export.optimize.formats import Format
 from llama_export.optimize.plan import column_orders, plan_formats
+from llama_export.optimize.policy import ORT, TENSORRT, TENSORRT_8, TENSORRT_RTX
 from llama_export.optimize.tensors import SourceTensor
 from llama_export.progress import Silent
 from transformers import PreTrainedConfig
 
-DIALECTS = ("trt", "primitive-17", "primitive-21")
+POLICIES = {"trt": TENSORRT_RTX, "primitive-17": TENSORRT_8, "primitive-21": TENSORRT}
+DIALECTS = tuple(POLICIES)
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -25,7 +27,7 @@ def lower_to(
     dialect: str, graph: ir.Model, config: PreTrainedConfig, tensors: Mapping[str, SourceTensor], precision: str
 ) -> dict[str, Format]:
     """Lower a canonical graph of a context of 64; return the formats."""
-    formats = plan_formats(tensors, precision)
+    formats = plan_formats(tensors, precision, policy=POLICIES[dialect] if precision.startswith("int") else ORT)
     rotary, orders = rotary_tables(config, 64), column_orders(tensors, formats)
     if dialect == "trt":
         trt.lower(graph, trt.TrtOptions(formats, rotary, orders))
