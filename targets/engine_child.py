@@ -14,12 +14,15 @@ import signal
 import sys
 import threading
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import LlamaExportError
+from ..runtime.bundle import MODULES, TENSORRT_RTX
 from ..runtime.decode_json import decode
 from ..runtime.recipe import Recipe
+from ..runtime.tensorrt.api import import_module
 
 STOP = "stop"
 """What the parent writes when the user wants no engine any more."""
@@ -48,10 +51,18 @@ def main(job: dict[str, Any]) -> None:
         tell(error="There is not enough memory to build the engine; close other programs, or take a larger machine.")
     except Exception as error:  # whatever a release of TensorRT raises
         traceback.print_exc()
-        tell(error=f"Building the engine failed: {type(error).__name__}: {error}.")
+        reason = " ".join(str(error).split()).rstrip(".")
+        tell(error=f"Building the engine failed: {type(error).__name__}: {reason}.")
 
 
 def _build(job: dict[str, Any], stop: threading.Event, tell: Any) -> dict[str, Any]:
+    recipe = decode(Recipe, job["recipe"], "recipe")
+    import_module(recipe.module)  # says how to install it, where polygraphy would not
+    if find_spec("polygraphy") is None:
+        extra = "rtx" if recipe.module == MODULES[TENSORRT_RTX] else "tensorrt"
+        raise LlamaExportError(
+            f"Building engines needs polygraphy, which is not installed: run `pip install 'llama-export[{extra}]'`."
+        )
     from .engine import BuildStopped, build_plan  # noqa: PLC0415  # loads TensorRT
     from .engine_log import Phases  # noqa: PLC0415
 
@@ -60,7 +71,7 @@ def _build(job: dict[str, Any], stop: threading.Event, tell: Any) -> dict[str, A
         built = build_plan(
             Path(job["graph"]),
             job["label"],
-            decode(Recipe, job["recipe"], "recipe"),
+            recipe,
             Path(job["plan"]),
             Path(job["log"]),
             None if cache is None else Path(cache),
