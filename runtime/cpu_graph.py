@@ -8,11 +8,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from .onnx_file import Initializer
-from .onnx_nodes import Node, read_nodes, with_nodes
+from .onnx_nodes import Node, read_nodes, with_nodes, with_type
 from .recipe import POSITIONS
 
 _MICROSOFT = "com.microsoft"
 _OPSETS = {_MICROSOFT: 1}
+_INT32, _UINT4 = 6, 21
+"""TensorProto.DataType."""
+_HALVES = (0, 1, 2, 3, 4, 6, 8, 12)
+E2M1 = tuple(sign * half / 2 for sign in (1.0, -1.0) for half in _HALVES)
+"""The value of each code of FLOAT4E2M1, negative zero too (OCP Microscaling Formats 1.0, table 5)."""
 
 Pass = Callable[[Sequence[Node], Mapping[str, Initializer]], Iterable[Node]]
 
@@ -24,10 +29,18 @@ def for_cpu(graph: bytes, weights: Mapping[str, Initializer], *, exact: bool) ->
     """
     before = read_nodes(graph)
     nodes: Sequence[Node] = before
-    passes: tuple[Pass, ...] = (rows_before_values, used_keys, *((plain_activations,) if exact else ()))
+    passes: tuple[Pass, ...] = (
+        rows_before_values,
+        used_keys,
+        looked_up_fours,
+        *((plain_activations,) if exact else ()),
+    )
     for change in passes:
         nodes = list(change(nodes, weights))
-    return graph if nodes == before else with_nodes(graph, nodes, _OPSETS)
+    if nodes == before:
+        return graph
+    fours = {name for name, weight in weights.items() if weight.dtype == "float4e2m1"}
+    return with_type(with_nodes(graph, nodes, _OPSETS), fours, _UINT4)
 
 
 def rounds_activations(graph: bytes) -> bool:
@@ -73,6 +86,32 @@ def used_keys(nodes: Sequence[Node], weights: Mapping[str, Initializer]) -> Iter
                 result.append(Node("Slice", (name, f"{one}/none", used, axis), (sliced[name],)))
         result.append(node.taking([sliced.get(name, name) for name in node.inputs]))
     return result
+
+
+def looked_up_fours(nodes: Sequence[Node], weights: Mapping[str, Initializer]) -> Iterable[Node]:
+    """Look the values of 4-bit floats up in a table, as DequantizeLinear has no kernel for them here.
+
+    ONNX Runtime computes the result once and keeps it, dense: all of it depends on weights alone.
+    """
+    for node in nodes:
+        codes = weights.get(node.inputs[0]) if node.op == "DequantizeLinear" else None
+        if codes is None or codes.dtype != "float4e2m1":
+            yield node
+            continue
+        (columns, rows), block, name = codes.shape, node.attributes["block_size"], node.outputs[0]
+        assert isinstance(block, int)
+        parts = {part: f"{name}/{part}" for part in ("table", "index", "values", "blocks", "axis", "scales", "product")}
+        blocked, whole = f"{name}/blocked", f"{name}/whole"
+        yield Node("Constant", (), (parts["table"],), attributes={"value_floats": E2M1})
+        yield Node("Constant", (), (blocked,), attributes={"value_ints": (columns // block, block, rows)})
+        yield Node("Constant", (), (whole,), attributes={"value_ints": (columns, rows)})
+        yield Node("Constant", (), (parts["axis"],), attributes={"value_ints": (1,)})
+        yield Node("Cast", (codes.name,), (parts["index"],), attributes={"to": _INT32})
+        yield Node("Gather", (parts["table"], parts["index"]), (parts["values"],))
+        yield Node("Reshape", (parts["values"], blocked), (parts["blocks"],))
+        yield Node("Unsqueeze", (node.inputs[1], parts["axis"]), (parts["scales"],))
+        yield Node("Mul", (parts["blocks"], parts["scales"]), (parts["product"],))
+        yield Node("Reshape", (parts["product"], whole), node.outputs)
 
 
 def plain_activations(nodes: Sequence[Node], weights: Mapping[str, Initializer]) -> Iterable[Node]:

@@ -6,7 +6,8 @@ for byte.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import struct
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from .protobuf import Field, block_field, fields_of, messages_of, number_field, text_of
@@ -15,21 +16,22 @@ _MODEL_GRAPH, _MODEL_OPSET = 7, 8
 _OPSET_DOMAIN, _OPSET_VERSION = 1, 2
 _GRAPH_NODE = 1
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 3, 4, 5, 7
-_ATTRIBUTE_NAME, _ATTRIBUTE_INT, _ATTRIBUTE_INTS, _ATTRIBUTE_TYPE = 1, 3, 8, 20
-_INT, _INTS = 2, 7
+_GRAPH_INITIALIZER, _TENSOR_TYPE, _TENSOR_NAME = 5, 2, 8
+_ATTRIBUTE_NAME, _ATTRIBUTE_INT, _ATTRIBUTE_FLOATS, _ATTRIBUTE_INTS, _ATTRIBUTE_TYPE = 1, 3, 7, 8, 20
+_INT, _FLOATS, _INTS = 2, 6, 7
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node. attributes: of one that was read, those that are integers; of a new one, integers and lists of them.
-    encoded: as it stands in its file, with all its attributes; empty for a new one.
+    """One node. attributes: of one that was read, those that are integers; of a new one, integers, lists of them and
+    lists of floats. encoded: as it stands in its file, with all its attributes; empty for a new one.
     """
 
     op: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     domain: str = ""
-    attributes: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
+    attributes: Mapping[str, int | Sequence[int] | Sequence[float]] = field(default_factory=dict)
     encoded: bytes = b""
 
     def encode(self) -> bytes:
@@ -85,6 +87,21 @@ def with_nodes(model: bytes, nodes: Iterable[Node], opsets: Mapping[str, int]) -
     return b"".join(parts)
 
 
+def with_type(model: bytes, names: Container[str], number: int) -> bytes:
+    """The same model with another TensorProto.DataType of some initializers, whose bytes are left as they are.
+
+    number: below 128, as all types are.
+    """
+    changed = bytearray(model)
+    for graph in messages_of(model, 0, len(model), _MODEL_GRAPH):
+        for tensor in messages_of(model, graph.start, graph.stop, _GRAPH_INITIALIZER):
+            fields = {part.number: part for part in fields_of(model, tensor.start, tensor.stop)}
+            name, kind = fields.get(_TENSOR_NAME), fields.get(_TENSOR_TYPE)
+            if name is not None and kind is not None and text_of(model, name) in names:
+                changed[kind.start : kind.stop] = bytes([number])
+    return bytes(changed)
+
+
 def _graph(model: bytes, graph: Field, nodes: Iterable[Node]) -> bytes:
     kept = (
         model[part.key : part.stop]
@@ -96,7 +113,7 @@ def _graph(model: bytes, graph: Field, nodes: Iterable[Node]) -> bytes:
 
 def _node(model: bytes, part: Field) -> Node:
     texts: dict[int, list[str]] = {_NODE_INPUT: [], _NODE_OUTPUT: [], _NODE_OP: [], _NODE_DOMAIN: []}
-    attributes: dict[str, int | Sequence[int]] = {}
+    attributes: dict[str, int | Sequence[int] | Sequence[float]] = {}
     for one in fields_of(model, part.start, part.stop):
         if one.number in texts and one.varint is None:
             texts[one.number].append(text_of(model, one))
@@ -110,10 +127,13 @@ def _node(model: bytes, part: Field) -> Node:
     return Node(op, inputs, outputs, domain, attributes, model[part.start : part.stop])
 
 
-def _attribute(name: str, value: int | Sequence[int]) -> bytes:
+def _attribute(name: str, value: int | Sequence[int] | Sequence[float]) -> bytes:
     if isinstance(value, int):
         body = number_field(_ATTRIBUTE_INT, value) + number_field(_ATTRIBUTE_TYPE, _INT)
-    else:
-        items = b"".join(number_field(_ATTRIBUTE_INTS, item) for item in value)
+    elif all(isinstance(item, int) for item in value):
+        items = b"".join(number_field(_ATTRIBUTE_INTS, int(item)) for item in value)
         body = items + number_field(_ATTRIBUTE_TYPE, _INTS)
+    else:
+        items = block_field(_ATTRIBUTE_FLOATS, struct.pack(f"<{len(value)}f", *value))
+        body = items + number_field(_ATTRIBUTE_TYPE, _FLOATS)
     return block_field(_ATTRIBUTE_NAME, name.encode()) + body

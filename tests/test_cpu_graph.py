@@ -104,6 +104,30 @@ def test_only_the_proof_leaves_out_the_rounding_of_activations(reused: bool, tmp
     assert rounds_activations(exact) == reused
 
 
+def test_values_of_4_bit_floats_are_exact(tmp_path: Path) -> None:
+    """Against the onnx package's own reading of every code, times its block's scale."""
+    helper = pytest.importorskip("ml_dtypes", reason="the format's own definition is asked")
+    columns, rows, block = 32, 6, 16
+    codes = np.random.default_rng(4).integers(0, 16, (columns, rows)).astype(np.uint8)
+    stored = codes.reshape(-1)[::2] | codes.reshape(-1)[1::2] << 4
+    scales = np.random.default_rng(5).uniform(0.01, 1, (columns // block, rows)).astype(np.float32)
+    (tmp_path / DATA).write_bytes(stored.tobytes())
+    tensors = [
+        onnx.tensor("codes", stored, (DATA, 0), packed=(columns, rows), kind="float4e2m1"),
+        onnx.tensor("scales", scales),
+    ]
+    nodes = [
+        onnx.node("DequantizeLinear", ["codes", "scales"], ["w"], attributes={"axis": 0, "block_size": block}),
+        onnx.node("MatMul", ["x", "w"], ["y"]),
+    ]
+    x = onnx.value_info("x", "float32", [columns, columns])
+    graph = onnx.model(nodes, tensors, [x], [onnx.value_info("y", "float32", [columns, rows])], 23)
+    changed = for_cpu(graph, external_initializers(graph, stored.nbytes), exact=False)
+    [found] = run(changed, tmp_path, {"x": np.eye(columns, dtype=np.float32)})
+    values = codes.view(helper.float4_e2m1fn).astype(np.float32)
+    np.testing.assert_array_equal(found, values * np.repeat(scales, block, axis=0))
+
+
 def test_a_graph_with_nothing_to_change_is_the_same_bytes() -> None:
     graph, data = tensorrt_files(random_llama(), "trt-primitive", 64)
     assert not rounds_activations(graph)

@@ -11,7 +11,17 @@ from typing import Any
 
 import numpy as np
 
-ELEMENT_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "int4": 22}
+ELEMENT_TYPES = {
+    "float32": 1,
+    "uint8": 2,
+    "int8": 3,
+    "int32": 6,
+    "int64": 7,
+    "bool": 9,
+    "float16": 10,
+    "int4": 22,
+    "float4e2m1": 23,
+}
 
 Attribute = int | float | str | Sequence[int]
 
@@ -70,12 +80,17 @@ def node(
 
 
 def tensor(
-    name: str, array: np.ndarray[Any, Any], external: tuple[str, int] | None = None, *, packed: Sequence[int] = ()
+    name: str,
+    array: np.ndarray[Any, Any],
+    external: tuple[str, int] | None = None,
+    *,
+    packed: Sequence[int] = (),
+    kind: str = "int4",
 ) -> bytes:
-    """external: file name and offset of the bytes, which then are not part of the message. packed: the shape of int4
-    whose bytes `array` holds.
+    """external: file name and offset of the bytes, which then are not part of the message. packed: the shape of the
+    4-bit numbers of this kind whose bytes `array` holds.
     """
-    dtype = "int4" if packed else array.dtype.name
+    dtype = kind if packed else array.dtype.name
     head = b"".join(number(1, dim) for dim in packed or array.shape) + number(2, ELEMENT_TYPES[dtype]) + block(8, name)
     if external is None:
         return head + block(9, array.tobytes())
