@@ -12,12 +12,13 @@ from .export.loss import Loss
 from .runtime.bundle import AdapterRecord, Manifest
 from .tables import size
 from .targets.context import ContextChoice
+from .targets.engine_process import Built
 
 
 @dataclass(frozen=True)
 class BuildReport:
     """What was made. losses: of tensors that came quantised and could not be kept as they are; stages: seconds by
-    stage.
+    stage; engine: what building one took, None where none was built.
     """
 
     output: Path
@@ -26,6 +27,7 @@ class BuildReport:
     notes: tuple[str, ...]
     losses: Sequence[Loss]
     stages: Mapping[str, float]
+    engine: Built | None = None
 
     @property
     def bytes(self) -> int:
@@ -39,6 +41,7 @@ class BuildReport:
             f"{size(self.bytes)} in {seconds:.1f} s",
             *(_adapter_line(adapter) for adapter in manifest.adapters),
             self.context.reason,
+            *(_engine_lines(self.engine)),
             *self.notes,
             f"Licence: {manifest.model.licence_told.rstrip('.')}.",
             *manifest.model.duties,
@@ -53,9 +56,17 @@ class BuildReport:
             "seconds": {name: round(value, 3) for name, value in self.stages.items()},
             "context": asdict(self.context),
             "notes": list(self.notes),
+            "engine": None if self.engine is None else asdict(self.engine),
             "losses": [{**asdict(loss), "relative": loss.relative} for loss in self.losses],
             "manifest": json.loads(self.manifest.to_json()),
         }
+
+
+def _engine_lines(built: Built | None) -> list[str]:
+    if built is None:
+        return []
+    memory = "" if built.peak_bytes is None else f", with {size(built.peak_bytes)} of memory beside the weights' file"
+    return [f"Engine of TensorRT-RTX {built.version}: {size(built.size)}, built in {built.seconds:.1f} s{memory}."]
 
 
 def _adapter_line(adapter: AdapterRecord) -> str:

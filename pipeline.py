@@ -39,10 +39,14 @@ from .runtime.bundle import (
 from .runtime.hashing import sha256_of_all
 from .runtime.threads import physical_cores
 from .targets.choice import choose
-from .targets.context import PREFILL_CHUNK
+from .targets.context import CACHE_BYTES, PREFILL_CHUNK
 from .targets.devices import load_target
+from .targets.planner_weights import weights_of
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from .export.write import Placement
     from .optimize.trt.linear import InputScale
     from .runtime.reference import WeightRecord
@@ -82,13 +86,13 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildRepor
     target = choose(load_target(options.target), jetpack=options.jetpack, backend=options.backend)
     place = check_destination(options.output, force=options.force)
     clock.stage("open", f"Opening {options.model}")
-    plan = plan_build(options, target, progress)
+    plan, inputs = _calibrated(plan_build(options, target, progress), clock, progress)
     require_space(place.parent, plan.stored + _BESIDE_WEIGHTS)
     for warning in (plan.context.warning, stretch_note(plan.source.config, plan.context.context)):
         if warning:
             progress.warn(warning)
     with staged(options.output, force=options.force) as folder:
-        written = _write_model(plan, _input_scales(plan, clock, progress), folder, clock, progress)
+        written = _write_model(plan, inputs, folder, clock, progress)
         if written.losses:
             progress.warn(loss_warning(written.losses))
         _write_companions(plan, folder)
@@ -96,15 +100,16 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildRepor
         if options.reference:
             clock.stage("reference", "Recording what PyTorch computes")
             _write_references(plan, written, folder, manifest, progress)
+        built = None
         if manifest.engine is not None:
-            clock.stage("engine", "Building the engine")
-            manifest = write_engines(plan, folder, manifest, progress)
+            clock.stage("engine", f"Making engines for {plan.target.name}")
+            manifest, built = write_engines(plan, folder, manifest, progress)
         else:
             _write_genai_config(plan, folder)
         clock.stage("seal", "Hashing the files")
         manifest = seal(folder, manifest)
     clock.stop()
-    return BuildReport(options.output, manifest, plan.context, manifest.notes, written.losses, clock.stages)
+    return BuildReport(options.output, manifest, plan.context, manifest.notes, written.losses, clock.stages, built)
 
 
 @dataclass(frozen=True)
@@ -112,19 +117,36 @@ class _Written:
     """What recording the reference needs of the model's files. matrices: of each adapter beside the weights."""
 
     placements: Mapping[str, Placement]
+    tables: Mapping[str, npt.NDArray[np.generic]]
     matrices: Mapping[str, Sequence[WeightRecord]]
     losses: Sequence[Loss]
 
 
-def _input_scales(plan: BuildPlan, clock: _Clock, progress: Progress) -> Mapping[str, InputScale]:
-    """The scales of what projections read, by weight; none where that is not quantised."""
+def _calibrated(plan: BuildPlan, clock: _Clock, progress: Progress) -> tuple[BuildPlan, Mapping[str, InputScale]]:
+    """The plan without formats that would lose too much, and the scales of what projections read, by weight; none where
+    that is not quantised.
+    """
     if plan.calibration is None:
-        return {}
+        return plan, {}
     clock.stage("calibrate", f"Calibrating on {plan.calibration.tokens:,} tokens of {plan.calibration.file.name}")
-    from .export.calibrate import calibrate, input_scales  # noqa: PLC0415
+    from .export.calibrate import calibrate, input_scales, settled_formats  # noqa: PLC0415
 
     found = calibrate(plan.source, plan.calibration, plan.context.context, progress)
-    return input_scales(found, plan.precision)
+    formats = settled_formats(found, plan.formats)
+    weights = weights_of(plan.source.tensors, formats, plan.made.dialect, CACHE_BYTES[plan.made.activations])
+    left = sum(format != plan.formats[name] for name, format in formats.items())
+    notes = (*plan.source.notes, plan.calibration.note, *_left_out(left))
+    source = plan.source.with_other(notes=notes)
+    return replace(plan, source=source, formats=formats, stored=weights.total), input_scales(found, formats)
+
+
+def _left_out(count: int) -> tuple[str, ...]:
+    if not count:
+        return ()
+    return (
+        f"{count} matrices stay in float16, since a few of the numbers that they multiply are so large that 8 bits "
+        "would leave little of the others.",
+    )
 
 
 def _write_model(
@@ -137,7 +159,7 @@ def _write_model(
     from .export.canonical import canonical  # noqa: PLC0415
     from .export.lora.bundle_file import write_adapter  # noqa: PLC0415
     from .export.rotary import rotary_tables  # noqa: PLC0415
-    from .export.write import lay_out, placements, refer, write_data  # noqa: PLC0415
+    from .export.write import lay_out, placements, refer, tables_of, write_data  # noqa: PLC0415
     from .optimize.ort.low_rank import slots_of  # noqa: PLC0415
 
     config, context = transformers_config(plan.source.config), plan.context.context
@@ -149,9 +171,9 @@ def _write_model(
     losses = write_data(model, layout, plan.source.tensors, folder, progress, physical_cores())
     slots, dtype = slots_of(model), plan.made.activations
     matrices = {adapter.name: write_adapter(adapter, slots, folder, dtype) for adapter in plan.beside}
-    placed = placements(model, plan.source.tensors)
+    placed, tables = placements(model, plan.source.tensors), tables_of(model, layout)
     refer(model, layout, folder)
-    return _Written(placed, matrices, losses)
+    return _Written(placed, tables, matrices, losses)
 
 
 def _write_companions(plan: BuildPlan, folder: Path) -> None:
@@ -183,7 +205,6 @@ def _write_genai_config(plan: BuildPlan, folder: Path) -> None:
 
 def _manifest(plan: BuildPlan) -> Manifest:
     source, shape, tokens = plan.source, plan.source.shape, plan.source.tokens
-    calibrated = () if plan.calibration is None else (plan.calibration.note,)
     return Manifest(
         model=ModelRecord(
             source.model_id,
@@ -215,7 +236,7 @@ def _manifest(plan: BuildPlan) -> Manifest:
         backend=plan.made.backend,
         engine=engine_record(plan),
         tools=tool_versions(),
-        notes=(*plan.made.notes, *source.notes, *calibrated, *model_notes(source.config, plan.context.context)),
+        notes=(*plan.made.notes, *source.notes, *model_notes(source.config, plan.context.context)),
     )
 
 
@@ -243,7 +264,9 @@ def _write_references(plan: BuildPlan, written: _Written, folder: Path, manifest
 
     # Proposing the greedy text takes no GPU: ONNX Runtime's CPU kernels run the same graph.
     manifest, tools = replace(manifest, providers=(CPU_PROVIDER,)), tool_versions()
-    save_reference(record_reference(plan.source, written.placements, folder, manifest, tools, progress), folder)
+    save_reference(
+        record_reference(plan.source, written.placements, written.tables, folder, manifest, tools, progress), folder
+    )
     for adapter in plan.adapters:
         if adapter.name in written.matrices:
             progress.stage(f"Recording what PyTorch computes with {adapter.name}")

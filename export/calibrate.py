@@ -33,7 +33,7 @@ divided by them is infinite.
 _LARGEST = {"int": (ir.DataType.INT8, 127), "fp8": (ir.DataType.FLOAT8E4M3FN, 448)}
 """By a format's coding: the dtype that inputs are rounded to, and its largest number."""
 
-MOST_NOISE = 0.1
+MOST_NOISE = 0.05
 """Of an input that is rounded to int8, over its own size: more, and it is not rounded at all.
 
 With one scale a tensor a few tokens decide for all. Llamas have massive activations (arXiv:2402.17762): at the first

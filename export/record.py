@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer
 from transformers import PreTrainedConfig
 
 from ..errors import LlamaExportError
 from ..optimize.formats import Format
+from ..optimize.graph import ORDER as ORDER_PREFIX
 from ..optimize.graph import ROTARY_TABLES
 from ..optimize.ort.order_inputs import order_name
 from ..optimize.plan import column_orders
@@ -22,6 +24,7 @@ from ..runtime.batch import BatchReplay
 from ..runtime.bundle import GRAPH_FILE, Bundle, Manifest
 from ..runtime.onnx_file import with_accuracy_level
 from ..runtime.reference import (
+    INDEX,
     ORDER,
     SCHEMA_VERSION,
     Index,
@@ -61,6 +64,7 @@ _ADAPTER_PROMPTS = 2
 def record_reference(
     source: Source,
     placements: Mapping[str, Placement],
+    tables: Mapping[str, npt.NDArray[np.generic]],
     folder: Path,
     manifest: Manifest,
     tools: Mapping[str, str],
@@ -68,15 +72,16 @@ def record_reference(
 ) -> Reference:
     """Make the reference of the bundle in `folder`, whose graph and weights are there and whose manifest is not yet.
 
-    placements: where each checkpoint tensor is stored, see `write.placements`.
+    placements: where each checkpoint tensor is stored, see `write.placements`. tables: the constants beside them in the
+    data file, see `write.tables_of`.
     """
     formats = {name: placement.format for name, placement in placements.items()}
     model = _exact_model(source, formats, manifest)
     prompts, logits = _recorded(model, _prompts(source, manifest), folder, manifest, progress)
     weights = tuple(record for name in source.tensors for record in _weights(name, source, placements[name], model))
-    tables = (*_tables(model.config, manifest), *_orders(source, formats))
+    constants = (*_tables(tables, model.config, manifest.limits.context), *_orders(source, formats))
     index = Index(
-        SCHEMA_VERSION, source.model_id, source.revision, manifest.shape.vocab, prompts, weights, tables, tools
+        SCHEMA_VERSION, source.model_id, source.revision, manifest.shape.vocab, prompts, weights, constants, tools
     )
     return Reference(index, logits)
 
@@ -172,13 +177,18 @@ def _weights(name: str, source: Source, placement: Placement, model: ExactModel)
         yield WeightRecord(name, place.format.name, shape, place.row, names, sha256, norm, place.transposed)
 
 
-def _tables(config: PreTrainedConfig, manifest: Manifest) -> Iterator[WeightRecord]:
-    """The rotary tables, which no prompt reaches the end of."""
-    dtype = manifest.shape.cache_dtype
-    for name, table in zip(ROTARY_TABLES, rotary_tables(config, manifest.limits.context), strict=True):
-        stored = table.astype(dtype)
-        sha256, norm = fingerprint(iter([stored]))
-        yield WeightRecord(name, dense_format(dtype).name, table.shape, 0, {"values": name}, sha256, norm)
+def _tables(
+    tables: Mapping[str, npt.NDArray[np.generic]], config: PreTrainedConfig, context: int
+) -> Iterator[WeightRecord]:
+    """What no prompt reaches the end of: the rotary tables, computed anew, and the indices of positions."""
+    rotary = dict(zip(ROTARY_TABLES, rotary_tables(config, context), strict=True))
+    for name, table in tables.items():
+        if name.startswith(ORDER_PREFIX):
+            continue  # recorded by `_orders`
+        stored = rotary[name].astype(table.dtype) if name in rotary else np.arange(context).reshape(table.shape)
+        format = dense_format(str(table.dtype)).name if name in rotary else INDEX
+        sha256, norm = fingerprint(iter([stored.astype(np.float32)]))
+        yield WeightRecord(name, format, table.shape, 0, {"values": name}, sha256, norm)
 
 
 def _orders(source: Source, formats: Mapping[str, Format]) -> Iterator[WeightRecord]:

@@ -67,6 +67,12 @@ def _inline(name: str, value: ir.Value) -> bool:
     return small and not name.startswith(ORDER)
 
 
+def tables_of(model: ir.Model, layout: Layout) -> dict[str, npt.NDArray[np.generic]]:
+    """The constants that lie in the data file, before `refer` has replaced them."""
+    values = {name: model.graph.initializers[name].const_value for name in layout.tables}
+    return {name: value.numpy() for name, value in values.items() if value is not None}
+
+
 def refer(model: ir.Model, layout: Layout, folder: Path) -> None:
     """Point every initializer of `model` that has a place at it, and write model.onnx into `folder`."""
     for name, value in model.graph.initializers.items():

@@ -28,6 +28,8 @@ from .npz import read_array
 SCHEMA_VERSION = 1
 ORDER = "order"
 """The role of the initializer that says which column each stored column is, and the format of such initializers."""
+INDEX = "index"
+"""The format of tables that hold 0, 1, 2, ...: the positions that a mask compares."""
 GLOBAL = "global"
 """The role of the one number by which the scales of a tensor are multiplied."""
 TOP = 64

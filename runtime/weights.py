@@ -22,7 +22,7 @@ from ..errors import LlamaExportError
 from .arrays import Float32
 from .bundle import DATA_FILE, GRAPH_FILE, Bundle
 from .onnx_file import BITS, Initializer
-from .reference import GLOBAL, ORDER, WeightRecord, fingerprint
+from .reference import GLOBAL, INDEX, ORDER, WeightRecord, fingerprint
 from .session import read_graph, weight_places
 from .stored_numbers import Numbers, Place, bytes_at
 
@@ -31,7 +31,7 @@ _BLOCK = 32
 _STEP_VALUES = 1 << 21
 _PANEL = 1 << 24
 """Numbers of a transposed matrix that are read together, as each of its lines holds only a few of them."""
-_DENSE = ("fp32", "fp16", "bf16", "order")
+_DENSE = ("fp32", "fp16", "bf16", ORDER, INDEX)
 _INTEGERS = re.compile(r"int(?P<bits>4|8)(-b(?P<block>\d{1,4}))?(?P<zeros>-zeros)?(?P<offset>-offset)?")
 
 Parts = Mapping[str, Numbers]

@@ -22,9 +22,6 @@ BLOCKS_SINCE = 21
 ORT_DIALECT, ORT_OPSET = "ort", 21
 ORT_PRECISIONS = ("fp32", "fp16", "int8", "int4")
 
-ENGINES_READY = False
-"""Whether `build` makes bundles for TensorRT; until it does, their targets get one for ONNX Runtime."""
-
 
 @dataclass(frozen=True)
 class Made:
@@ -63,7 +60,7 @@ class Made:
 
 def what_is_made(target: Target) -> Made:
     """What `build` makes for `target`. Raises LlamaExportError when no engines are made for it."""
-    release = release_of(target) if ENGINES_READY else None
+    release = release_of(target)
     return _ort(target) if release is None else _engines(target, release)
 
 
@@ -163,8 +160,7 @@ def _recipe_notes(target: Target, release: Release) -> Iterator[str]:
 
 
 def _ort(target: Target) -> Made:
-    # A target of TensorRT names the providers for another bundle than the one for its CPU.
-    providers = target.providers if target.backend == ONNXRUNTIME else (CPU_PROVIDER,)
+    providers = target.providers
     on_cuda = providers[0] == CUDA_PROVIDER
     activations = "float16" if on_cuda else "float32"
     device = "device" if target.kind == "jetson" else "computer"
@@ -183,9 +179,6 @@ def _ort(target: Target) -> Made:
 
 
 def _unused_notes(target: Target, *, on_cuda: bool) -> tuple[str, ...]:
-    if target.backend != ONNXRUNTIME:
-        product = PRODUCTS[target.backend]
-        return (f"No {product} engine: this version does not build engines yet, so the GPU stays unused.",)
     return () if target.kind == "cpu" or on_cuda else ("The GPU stays unused.",)
 
 

@@ -21,11 +21,6 @@ JETSONS = [name for name in CATALOGUE_NAMES if name.startswith("jetson-")]
 TENSORRT_TARGETS = [name for name in CATALOGUE_NAMES if load_target(name).backend != names.ONNXRUNTIME]
 
 
-@pytest.fixture(autouse=True)
-def engines_are_ready(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(made, "ENGINES_READY", True)
-
-
 def built(name: str, *, jetpack: str | None = None, backend: str | None = None) -> tuple[Target, Made]:
     target = choose(load_target(name), jetpack=jetpack, backend=backend)
     return target, what_is_made(target)
