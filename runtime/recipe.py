@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,10 @@ PREFILL, DECODE = "prefill", "decode"
 IDS, POSITIONS, KEPT = "input_ids", "position_ids", "logits_positions"
 """The inputs of the TensorRT dialects beside the cache."""
 
+FLAGS = ("FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS")
+"""Of the builder, in a network that is not strongly typed."""
+
+_CAPABILITY = re.compile(r"[0-9]{1,2}\.[0-9]")
 _MOST_BYTES = 1 << 20
 _USUAL_PAST = 1024
 
@@ -47,7 +52,7 @@ class Recipe:
     """All that building an engine takes beside the graph.
 
     module, version: as in `bundle.EngineRecord`. compute_capability: the GPUs to build for. strongly_typed: the graph's
-    types are kept; otherwise `flags` ("FP16", "INT8") allow lower precision. float32_layers: name parts of layers that
+    types are kept; otherwise `flags`, of `FLAGS`, allow lower precision. float32_layers: name parts of layers that
     stay in float32 in a network that is not strongly typed. build_memory_bytes: what the builder takes, an estimate.
     """
 
@@ -94,6 +99,12 @@ def _problems(recipe: Recipe, bundle: Bundle) -> Iterator[str]:
         yield "the profiles are not those that follow from the manifest's limits"
     if not 0 <= recipe.optimization_level <= 5:
         yield f"optimization_level must be from 0 to 5, not {recipe.optimization_level}"
+    for flag in recipe.flags:
+        if recipe.strongly_typed or flag not in FLAGS:
+            yield f"flags has {flag!r}, but a network that is not strongly typed may have {', '.join(FLAGS)}, others none"
+    for capability in recipe.compute_capability:
+        if not _CAPABILITY.fullmatch(capability):
+            yield f"compute_capability has {capability!r} where one such as 8.7 should be"
     if recipe.workspace_bytes < 0 or recipe.build_memory_bytes < 0:
         yield "sizes must not be negative"
 

@@ -18,7 +18,10 @@ PARTS = ("export", "optimize", "targets", "runtime")
 _RECORDING = {"runtime.batch", "runtime.onnx_file", "runtime.reference", "runtime.threads"}
 
 # Engines are built on a device too, as a recipe says, and laid where the runtime looks for them.
-_BUILDING = {"runtime.recipe", "runtime.decode_json", "runtime.protobuf", "runtime.tensorrt"}
+_BUILDING = {
+    *("runtime.recipe", "runtime.decode_json", "runtime.protobuf", "runtime.tensorrt"),
+    *("runtime.hashing", "runtime.requirements"),
+}
 
 ALLOWED = {
     "export": {"export", "optimize", "runtime.bundle", *_RECORDING},
