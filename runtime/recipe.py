@@ -101,7 +101,7 @@ def _problems(recipe: Recipe, bundle: Bundle) -> Iterator[str]:
         yield f"optimization_level must be from 0 to 5, not {recipe.optimization_level}"
     for flag in recipe.flags:
         if recipe.strongly_typed or flag not in FLAGS:
-            yield f"flags has {flag!r}, but a network that is not strongly typed may have {', '.join(FLAGS)}, others none"
+            yield f"flags has {flag!r}, but only what is not strongly typed has any, of {', '.join(FLAGS)}"
     for capability in recipe.compute_capability:
         if not _CAPABILITY.fullmatch(capability):
             yield f"compute_capability has {capability!r} where one such as 8.7 should be"

@@ -181,7 +181,7 @@ def test_another_release_than_the_bundle_is_made_for(
         ({"workspace_bytes": "much"}, "workspace_bytes must be an integer"),
         ({"profiles": []}, "the profiles are not those that follow"),
         ({"colour": "red"}, "unknown key 'colour'"),
-        ({"flags": ["FP16"]}, "flags has 'FP16', but a network that is not strongly typed"),
+        ({"flags": ["FP16"]}, "flags has 'FP16', but only what is not strongly typed has any"),
         ({"flags": ["FP17"], "strongly_typed": False}, "flags has 'FP17'"),
         ({"compute_capability": ["newest"]}, "compute_capability has 'newest' where one such as 8.7"),
     ],
