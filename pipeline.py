@@ -133,7 +133,9 @@ def _calibrated(plan: BuildPlan, clock: _Clock, progress: Progress) -> tuple[Bui
 
     found = calibrate(plan.source, plan.calibration, plan.context.context, progress)
     formats = settled_formats(found, plan.formats)
-    weights = weights_of(plan.source.tensors, formats, plan.made.dialect, CACHE_BYTES[plan.made.activations])
+    weights = weights_of(
+        plan.source.tensors, formats, plan.made.dialect, plan.made.opset, CACHE_BYTES[plan.made.activations]
+    )
     left = sum(format != plan.formats[name] for name, format in formats.items())
     notes = (*plan.source.notes, plan.calibration.note, *_left_out(left))
     source = plan.source.with_other(notes=notes)
