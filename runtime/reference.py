@@ -38,8 +38,8 @@ _INDEX, _LOGITS = REFERENCE_FILES
 _MAX_BYTES = 64 << 20
 """Of each file, and of its arrays when they are unpacked."""
 _MAX_VOCAB = 1 << 24
-_MAX_RANK, _MAX_SIZE = 2, 1 << 31
-"""Of a weight."""
+_MAX_RANK, _MAX_SIZE = 4, 1 << 31
+"""Of a weight, or of a table that a graph has."""
 _ROW_BYTES = 8 * TOP + 8 + 4 * SAMPLES
 """What is kept of one position."""
 
