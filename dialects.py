@@ -5,7 +5,7 @@ Imports of the passes are inside functions: they take seconds, and only building
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from .optimize.plan import column_orders
@@ -77,5 +77,9 @@ def cache_head_dim(plan: BuildPlan) -> int:
     from .optimize.ort import odd_heads as ort  # noqa: PLC0415
     from .optimize.trt import odd_heads as trt  # noqa: PLC0415
 
-    padded = {"ort": ort.cache_head_dim, "trt": trt.cache_head_dim, "trt-primitive": int}
+    padded: Mapping[str, Callable[[int], int]] = {
+        "ort": ort.cache_head_dim,
+        "trt": trt.cache_head_dim,
+        "trt-primitive": lambda head_dim: head_dim,
+    }
     return padded[plan.made.dialect](plan.source.shape.head_dim)

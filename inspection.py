@@ -12,11 +12,22 @@ from .export.families import family_of
 from .export.json_object import read_object
 from .export.rope import rope_type
 from .optimize.formats import format_named, stored_bytes
-from .runtime.bundle import CPU_PROVIDER, DATA_FILE, GRAPH_FILE, AdapterRecord, Bundle, Limits, Shape
+from .runtime.bundle import (
+    CPU_PROVIDER,
+    DATA_FILE,
+    GRAPH_FILE,
+    ONNXRUNTIME,
+    AdapterRecord,
+    Bundle,
+    Limits,
+    Manifest,
+    Shape,
+)
 from .runtime.hashes import is_checked
 from .runtime.reference import WeightRecord, load_index
 from .tables import columns, size
 from .targets.context import CACHE_BYTES, Load, bytes_per_token, needed_bytes
+from .targets.names import PRODUCTS
 
 
 def lines(bundle: Bundle) -> list[str]:
@@ -59,7 +70,7 @@ def _facts(bundle: Bundle) -> list[tuple[str, str]]:
         ("network", _network_text(bundle)),
         ("licence", manifest.model.licence_told),
         *(("" if number else "duties", duty) for number, duty in enumerate(manifest.model.duties)),
-        ("target", f"{manifest.target}, {manifest.dialect} graph for {', '.join(manifest.providers)}"),
+        ("target", f"{manifest.target}, {manifest.dialect} graph for {_backend_text(manifest)}"),
         ("precision", manifest.precision),
         ("parameters", _parameters_text(bundle)),
         *(("" if number else "adapters", text) for number, text in enumerate(map(_adapter_text, manifest.adapters))),
@@ -74,10 +85,21 @@ def _facts(bundle: Bundle) -> list[tuple[str, str]]:
     ]
 
 
+def _backend_text(manifest: Manifest) -> str:
+    engine = manifest.engine
+    if engine is None:
+        return ", ".join(manifest.providers)
+    gpus = ", ".join(gpu for plan in engine.plans for gpu in plan.compute_capability)
+    engines = f"engine for compute capability {gpus}" if gpus else "engine built on the device"
+    return f"{PRODUCTS[manifest.backend]} {engine.version}, {engines}"
+
+
 def _load(bundle: Bundle) -> Load:
     manifest = bundle.manifest
-    limits, shape, on_cpu = manifest.limits, manifest.shape, manifest.provider == CPU_PROVIDER
-    return Load(shape, _weight_bytes(bundle), shape.cache_dtype, on_cpu, limits.batch, limits.prefill_chunk)
+    limits, shape = manifest.limits, manifest.shape
+    on_cpu = manifest.backend == ONNXRUNTIME and manifest.provider == CPU_PROVIDER
+    weights, chunk = _weight_bytes(bundle), limits.prefill_chunk
+    return Load(shape, weights, shape.cache_dtype, on_cpu, limits.batch, chunk, manifest.dialect)
 
 
 def _weight_bytes(bundle: Bundle) -> dict[str, int]:
@@ -107,7 +129,7 @@ def _parameters(bundle: Bundle) -> dict[str, int] | None:
     if weights is None:
         return None
     counts: Counter[str] = Counter()
-    for weight in weights:
+    for weight in {weight.name: weight for weight in weights}.values():  # a tied embedding may be there twice
         counts[weight.format] += prod(weight.shape)
     return dict(counts.most_common())
 

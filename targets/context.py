@@ -43,6 +43,9 @@ CPU_DENSE_FACTORS: Mapping[str, float] = {FP32.name: 1.2, FP16.name: 2.4, BF16.n
 of fp32, 635 MB for 269 MB of fp16).
 """
 
+STATIC_CONTEXT = 8192
+"""Most tokens that a graph with a fixed cache gets where nothing is asked for: a token reads all of it, used or not."""
+
 CACHE_BYTES = {"float32": 4, "float16": 2}
 
 
@@ -183,12 +186,24 @@ def choose_context(
     return default_context(target, load, max_positions)
 
 
+def usual_context(load: Load, largest: int) -> int:
+    """The context where nothing is asked for and `largest` fits."""
+    return min(largest, STATIC_CONTEXT) if load.dialect == "trt" else largest
+
+
 def default_context(target: Target, load: Load, max_positions: int) -> ContextChoice:
     """The smaller of the model's `max_positions` and what fits the memory, then a multiple of 256.
 
     At least 256 tokens fit, or all of a model that knows fewer: `planner.assess` has seen to that.
     """
-    context = largest_context(int(target.usable_gb * GB), load, max_positions)
+    largest = largest_context(int(target.usable_gb * GB), load, max_positions)
+    context = usual_context(load, largest)
+    if context < largest:
+        return ContextChoice(
+            context,
+            f"Context {context:,} tokens of the model's {max_positions:,}: for each token this graph reads its whole "
+            f"cache, used or not; --context takes up to {largest:,}.",
+        )
     if context == max_positions:
         needed = needed_bytes(load, max_positions)
         reason = f"all that the model knows, which takes {size(needed)} of the {budget_text(target)}."

@@ -24,11 +24,13 @@ class Weights:
     stored: by the name of their format, all copies, as in the bundle's data file without its rotary tables.
     read: of them, those that one token reads. Of the embedding that is one row, which is not counted.
     multiplied: numbers of weights in matrix products, each of which a token multiplies once.
+    dense: bytes of those that are in floating point.
     """
 
     stored: Mapping[str, int]
     read: int
     multiplied: int
+    dense: int
 
     @property
     def total(self) -> int:
@@ -46,7 +48,7 @@ def weights_of(
     engine, tied = dialect != ORT_DIALECT, HEAD not in tensors
     scale_bytes = number_bytes if not engine or opset >= _FLOAT16_SCALES else 4
     stored: Counter[str] = Counter()
-    read = multiplied = 0
+    read = multiplied = dense = 0
     for name, tensor in tensors.items():
         format, shape = formats[name], tensor.shape
         if len(shape) == 1:
@@ -61,7 +63,8 @@ def weights_of(
         if multiplies:
             read += product
             multiplied += math.prod(shape)
-    return Weights(dict(stored), read, multiplied)
+            dense += 0 if format.quantised else product
+    return Weights(dict(stored), read, multiplied, dense)
 
 
 def _even(name: str, shape: tuple[int, ...], format: Format) -> tuple[int, ...]:

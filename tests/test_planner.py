@@ -165,8 +165,16 @@ def test_a_fixed_cache_is_read_whole_and_a_growing_one_as_far_as_it_is_filled(di
     assert (long.speeds[0].decode.high < short.speeds[0].decode.high) == (dialect == "trt")
 
 
+def test_a_fixed_cache_is_of_usual_length_where_nothing_is_asked_for() -> None:
+    found = plan("llama-3.1-8b", "dgx-spark")
+    assert (found.context, found.largest) == (8192, 131_072)
+    assert "--context takes up to 131,072" in context_choice(found).reason
+    assert plan("llama-3.1-8b", "dgx-spark", context=20_000).context == 20_000
+    assert plan("llama-3.1-8b", "jetson-agx-orin-64gb").context == 131_072, "a growing cache costs what is in it"
+
+
 def test_what_a_shorter_fixed_cache_would_give_is_told() -> None:
-    long, short = plan("llama-3.1-8b", "dgx-spark"), plan("llama-3.1-8b", "dgx-spark", context=8192)
+    long, short = plan("llama-3.1-8b", "dgx-spark", context=131_072), plan("llama-3.1-8b", "dgx-spark", context=8192)
     (told,) = [note for note in notes(long) if "a smaller --context is quicker" in note]
     assert told.endswith("tokens/s with 8,192 tokens.")
     assert f"{short.speeds[0].decode.low:.0f} to {short.speeds[0].decode.high:.0f}" in told

@@ -370,7 +370,7 @@ def test_a_gpu_has_the_backend_and_the_figures_of_its_card(
     target = host_target(read(COMPUTER, f"{gpu}\n", cuda=cuda, rtx=True))
     assert (target.name, target.backend, target.bandwidth_gbs) == ("host", backend, bandwidth)
     assert target.backend in target.backends
-    assert gpu.split(",")[0] in target.sources["backend"]
+    assert gpu.split(",", maxsplit=1)[0] in target.sources["backend"]
 
 
 def test_a_gpu_that_tensorrt_rtx_does_not_know_counts_only_with_onnxruntime(read: Read) -> None:
