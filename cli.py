@@ -15,11 +15,14 @@ from . import __version__
 from .build_options import ADAPTER_MODES, MERGE, BuildOptions
 from .cli_support import (
     Group,
+    backend_options,
     configurable_commands,
     echo_lines,
+    engine_dir_option,
     json_option,
     need_build_machine,
     need_extra,
+    offer_engine,
     quiet_option,
     threads_option,
 )
@@ -100,18 +103,19 @@ def build(*, no_reference: bool, as_json: bool, quiet: bool, **options: Any) -> 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--no-hash", is_flag=True, help="Leave out the files' hashes: only weights and logits are compared.")
+@backend_options
 @threads_option
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path, allow_dash=True), help="Write the verdict; - prints."
 )
 @quiet_option
-def verify(bundle: Path, no_hash: bool, threads: int | None, json_file: Path | None, quiet: bool) -> None:
+def verify(bundle: Path, *, no_hash: bool, json_file: Path | None, quiet: bool, **where: Any) -> None:
     """Replay what PyTorch computed and compare; exit 1 when a gate fails."""
     from .runtime.bundle import open_bundle
     from .runtime.verify import verify as replay
 
     with Terminal(quiet=quiet) as progress:
-        verdict = replay(open_bundle(bundle), check_hashes=not no_hash, threads=threads, progress=progress)
+        verdict = replay(open_bundle(bundle), check_hashes=not no_hash, progress=progress, **where)
     text = json.dumps(verdict.to_json(), indent=2)
     if str(json_file) == "-":
         click.echo(text)
@@ -153,9 +157,7 @@ def plan(*, as_json: bool, quiet: bool, **options: Any) -> None:
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "--engine-dir", type=click.Path(path_type=Path), help="Where engines are kept; default: the user's cache folder."
-)
+@engine_dir_option
 @click.option("--force", is_flag=True, help="Build again, and even where memory seems not to be enough.")
 @json_option
 @quiet_option
@@ -232,6 +234,7 @@ def doctor(context: click.Context, as_json: bool) -> None:
 @click.option("--seed", type=int, help="Of the random numbers: the same seed, the same text.")
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
 @click.option("--adapter", help="Write with this adapter of the bundle, see `inspect`; an empty name for none.")
+@backend_options
 @threads_option
 @click.option("--check-hashes", is_flag=True, help="Compare every file with the manifest again.")
 @json_option
@@ -245,6 +248,8 @@ def run(
     max_new_tokens: int,
     stop: tuple[str, ...],
     adapter: str | None,
+    backend: str | None,
+    engine_dir: Path | None,
     threads: int | None,
     check_hashes: bool,
     as_json: bool,
@@ -256,4 +261,17 @@ def run(
 
     options = GenerationOptions(max_new_tokens, SamplingOptions(**sampling), stop)
     request = terminal.RunRequest(prompt, chat, system, options, as_json=as_json, quiet=quiet)
-    terminal.run(load(bundle, threads=threads, check_hashes=check_hashes, chat=chat, adapter=adapter or None), request)
+    if backend is None and not quiet:
+        offer_engine(bundle, engine_dir)
+    model = load(
+        bundle,
+        backend=backend,
+        engine_dir=engine_dir,
+        threads=threads,
+        check_hashes=check_hashes,
+        chat=chat,
+        adapter=adapter or None,
+    )
+    if model.backend_note is not None and not quiet:
+        echo_lines([model.backend_note], err=True)
+    terminal.run(model, request)

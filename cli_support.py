@@ -14,9 +14,11 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from .errors import LlamaExportError, did_you_mean
+from .progress import Terminal
 from .runtime.threads import MAX_THREADS
 from .settings import command_defaults
 from .tables import plain
+from .targets.names import SHORT_BACKENDS
 
 _DEBUG = "llama_export.debug"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -138,9 +140,9 @@ def _fail(ctx: click.Context, message: str, code: int) -> NoReturn:
     raise Failure(message, code) from None
 
 
-def echo_lines(lines: Iterable[str]) -> None:
-    """Print lines for people on stdout; parts of them may come from a checkpoint or a bundle."""
-    click.echo("\n".join(map(plain, lines)))
+def echo_lines(lines: Iterable[str], *, err: bool = False) -> None:
+    """Print lines for people, on stdout or stderr; parts of them may come from a checkpoint or a bundle."""
+    click.echo("\n".join(map(plain, lines)), err=err)
 
 
 def json_option(function: _Function) -> _Function:
@@ -157,6 +159,52 @@ def threads_option(function: _Function) -> _Function:
     """The option `--threads` as the argument `threads`, which is None where it is not given."""
     threads = click.IntRange(1, MAX_THREADS)
     return click.option("--threads", type=threads, help="To compute with; default: the physical cores.")(function)
+
+
+def backend_options(function: _Function) -> _Function:
+    """The options `--backend`, whose short names are written out, and `--engine-dir`: what computes a bundle here."""
+
+    def written_out(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+        return value if value is None else SHORT_BACKENDS.get(value, value)
+
+    backend = click.option(
+        "--backend",
+        metavar="NAME",
+        callback=written_out,
+        help="What computes: onnxruntime, tensorrt or tensorrt-rtx; default: the bundle's own, else onnxruntime.",
+    )
+    return backend(engine_dir_option(function))
+
+
+def offer_engine(path: Path, engine_dir: Path | None) -> None:
+    """On a terminal, ask whether to build the engine that a bundle can have here and has not yet; building takes long,
+    so it never begins unasked.
+    """
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return
+    from .runtime.bundle import open_bundle  # noqa: PLC0415
+
+    bundle = open_bundle(path)
+    if bundle.manifest.engine is None:
+        return
+    from .engine_report import build_and_verify, can_be_built, lines  # noqa: PLC0415
+
+    if can_be_built(bundle, engine_dir) and click.confirm(
+        "This device can have an engine, which is not built yet. Build and verify it now? It takes minutes, and until "
+        "then the CPU computes.",
+        err=True,
+    ):
+        with Terminal() as progress:
+            made = build_and_verify(bundle, progress, engine_dir=engine_dir)
+        echo_lines(lines(made), err=True)
+
+
+def engine_dir_option(function: _Function) -> _Function:
+    """The option `--engine-dir`."""
+    folder = click.Path(path_type=Path)
+    return click.option("--engine-dir", type=folder, help="Where engines are kept; default: the user's cache folder.")(
+        function
+    )
 
 
 def need_build_machine() -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from .errors import LlamaExportError
 from .optimize.plan import column_orders
 from .optimize.requirements import WINDOW_MINIMUM_ONNXRUNTIME
+from .targets.tensorrt import Release, release_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -31,6 +33,21 @@ def lower(model: ir.Model, plan: BuildPlan, rotary: tuple[Float32, Float32], inp
     {"ort": _lower_ort, "trt": _lower_trt, "trt-primitive": _lower_primitive}[plan.made.dialect](
         model, plan, rotary, inputs
     )
+    release = release_of(plan.target)
+    if release is not None:
+        _refuse_unsupported(model, release)
+
+
+def _refuse_unsupported(model: ir.Model, release: Release) -> None:
+    """Parsers drop what they do not know, sometimes without a word, and the engine computes something else."""
+    from .optimize.operators import operators_of, unsupported  # noqa: PLC0415
+
+    problems = unsupported(model, operators_of(release.backend, release.version))
+    if problems:
+        raise LlamaExportError(
+            f"{release.name} does not take this model's graph: {problems[0]}; choose another --jetpack, or --backend "
+            "onnxruntime."
+        )
 
 
 def _lower_ort(

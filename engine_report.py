@@ -8,7 +8,8 @@ from pathlib import Path
 from .errors import LlamaExportError
 from .progress import Progress
 from .runtime.bundle import REFERENCE, Bundle
-from .runtime.tensorrt import EngineFile
+from .runtime.tensorrt import EngineFile, find_engine, this_gpu
+from .runtime.tensorrt.api import import_module
 from .runtime.verify import verify
 from .tables import size
 from .targets.engine_device import DeviceEngine, build_engine
@@ -33,6 +34,19 @@ def build_and_verify(
             )
 
     return build_engine(bundle, check, progress, engine_dir=engine_dir, force=force)
+
+
+def can_be_built(bundle: Bundle, engine_dir: Path | None = None) -> bool:
+    """Whether this device lacks the bundle's engine and has what building it takes."""
+    engine = bundle.manifest.engine
+    if engine is None or isinstance(find_engine(bundle, engine_dir), EngineFile):
+        return False
+    try:
+        import_module(engine.module)
+        this_gpu()
+    except LlamaExportError:
+        return False
+    return True
 
 
 def lines(made: DeviceEngine) -> list[str]:

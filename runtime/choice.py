@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import LlamaExportError, UsageError, did_you_mean
@@ -37,10 +38,11 @@ class Opened:
     note: str | None
 
 
-def choose_backend(bundle: Bundle, asked: str | None = None) -> Choice:
+def choose_backend(bundle: Bundle, asked: str | None = None, engine_dir: Path | None = None) -> Choice:
     """What to compute with; nothing of the model is loaded yet.
 
-    asked: a name of `BACKENDS`, None for the best that is here. Raises UsageError when there is no such backend or the
+    asked: a name of `BACKENDS`, None for the best that is here. engine_dir: where engines built here lie, None for the
+    user's cache folder. Raises UsageError when there is no such backend or the
     bundle is not made for it, LlamaExportError when what was asked for, or all, cannot run here.
     """
     made_for = bundle.manifest.backend
@@ -49,7 +51,7 @@ def choose_backend(bundle: Bundle, asked: str | None = None) -> Choice:
     if ONNXRUNTIME in (made_for, asked):
         import_onnxruntime(bundle.manifest)
         return Choice(ONNXRUNTIME, asked=asked is not None)
-    found = _engine(bundle)
+    found = _engine(bundle, engine_dir)
     if not isinstance(found, str):
         return Choice(made_for, found, asked=asked is not None)
     if asked is not None:
@@ -96,11 +98,11 @@ def _refuse_other(bundle: Bundle, asked: str) -> None:
         )
 
 
-def _engine(bundle: Bundle) -> EngineFile | str:
+def _engine(bundle: Bundle, engine_dir: Path | None) -> EngineFile | str:
     """The engine for this machine, or a sentence on why there is none."""
     from .tensorrt import find_engine  # noqa: PLC0415 (bundles for ONNX Runtime need none of it)
 
-    return find_engine(bundle)
+    return find_engine(bundle, engine_dir)
 
 
 def _on_engine(bundle: Bundle, engine: EngineFile, capacity: int | None, adapter: str | None) -> Backend:

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ..errors import UsageError
@@ -26,6 +27,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     backend: str | None = None,
+    engine_dir: Path | None = None,
     threads: int | None = None,
     check_hashes: bool = False,
     chat: bool = False,
@@ -34,7 +36,8 @@ def load(
     """Open the bundle in the folder `path` and load its model.
 
     backend: what computes, a name of `bundle.BACKENDS`; default, the engine for this GPU where there is one, else ONNX
-    Runtime, and `Model.backend_note` says why. threads: to compute with; default, the physical cores. check_hashes:
+    Runtime, and `Model.backend_note` says why. engine_dir: where `llama-export engine` keeps engines, default: the
+    user's cache folder. threads: to compute with; default, the physical cores. check_hashes:
     read every file again to compare it with the manifest, even if this was done before and nothing has changed since.
     chat: load the chat template as well, while the model loads; otherwise its first use does. adapter: the name of one
     that the bundle has to choose from, see `Model.use_adapter`. Raises UsageError when there is no such folder, backend
@@ -46,7 +49,7 @@ def load(
     if adapter is not None:
         adapter_named(bundle, adapter)
     # Not in the thread: there its imports wait for Python's lock while a tokenizer is read.
-    choice = choose_backend(bundle, backend)
+    choice = choose_backend(bundle, backend, engine_dir)
     check_files(bundle, force=check_hashes)
     opening = _InThread(lambda: open_backend(bundle, choice, threads=threads, adapter=adapter))
     try:

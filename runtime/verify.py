@@ -12,6 +12,7 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -86,16 +87,20 @@ def verify(
     threads: int | None,
     progress: Progress,
     backend: str | None = None,
+    engine_dir: Path | None = None,
     engine: EngineFile | None = None,
 ) -> Verdict:
     """Replay the bundle's reference here and compare.
 
-    backend: as of `choose_backend`; engine: this one instead. Raises UsageError when the backend is none for
-    this bundle or `threads` is out of range, and LlamaExportError when the bundle cannot be compared at all: it needs
-    another ONNX Runtime, or has no reference. Where files differ from the manifest, that is the verdict.
+    backend, engine_dir: as of `choose_backend`; engine: this one instead. Raises UsageError when the backend is none
+    for this bundle or `threads` is out of range, and LlamaExportError when the bundle cannot be compared at all: it
+    needs another ONNX Runtime, or has no reference. Where files differ from the manifest, that is the verdict.
     """
     began = time.perf_counter()
-    choice = choose_backend(bundle, backend) if engine is None else Choice(bundle.manifest.backend, engine, asked=True)
+    if engine is not None:
+        choice = Choice(bundle.manifest.backend, engine, asked=True)
+    else:
+        choice = choose_backend(bundle, backend, engine_dir)
     run = _Run(bundle, choose_threads(threads), choice, progress)
     checks, positions, longest = [], 0, 0
     if check_hashes:

@@ -96,13 +96,14 @@ def test_build_passes_its_options_on(builds: list[Any]) -> None:
         *("build", "-m", "m", "-t", "cpu", "-o", "out", "--precision", "int8", "--context", "100", "--batch", "2"),
         *("--revision", "r", "--token", "t", "--cache-dir", "c", "--no-reference", "--force"),
         *("--head-precision", "fp16", "--adapter", "a", "--adapter", "b:0.5", "--adapter-mode", "runtime"),
-        "--any-base",
+        *("--any-base", "--jetpack", "6.1", "--backend", "tensorrt", "--calibrate", "text"),
     )
     assert result.exit_code == 0
     assert vars(builds[0]) == {
         **{"model": "m", "target": "cpu", "output": Path("out"), "precision": "int8", "context": 100, "batch": 2},
         **{"revision": "r", "token": "t", "cache_dir": Path("c"), "reference": False, "force": True},
         **{"head_precision": "fp16", "adapters": ("a", "b:0.5"), "adapter_mode": "runtime", "any_base": True},
+        **{"jetpack": "6.1", "backend": "tensorrt", "calibrate": Path("text")},
     }
 
 
@@ -112,6 +113,7 @@ def test_build_leaves_open_what_was_not_said(builds: list[Any]) -> None:
         **{"model": "m", "target": "cpu", "output": Path("out"), "precision": None, "context": None, "batch": 1},
         **{"revision": None, "token": None, "cache_dir": None, "reference": True, "force": False},
         **{"head_precision": None, "adapters": (), "adapter_mode": "merge", "any_base": False},
+        **{"jetpack": None, "backend": None, "calibrate": None},
     }
 
 
@@ -121,6 +123,12 @@ def test_a_configured_folder_needs_only_the_target(builds: list[Any]) -> None:
     assert (builds[0].model, builds[0].target, builds[0].output, builds[0].context) == (
         *("m", "cpu", Path("bundles/m"), 512),
     )
+
+
+def test_the_bare_words_are_enough_for_a_jetson(builds: list[Any]) -> None:
+    Path("llama-export.toml").write_text('model = "meta-llama/Llama-3.2-1B-Instruct"\noutput = "bundle"\n')
+    assert call("build", "--target", "jetson-orin").exit_code == 0
+    assert (builds[0].target, builds[0].jetpack, builds[0].output) == ("jetson-orin", None, Path("bundle"))
 
 
 def test_results_go_to_stdout_and_progress_to_stderr(builds: list[Any]) -> None:
