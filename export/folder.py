@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import LlamaExportError
 from ..optimize.formats import EMBEDDING, HEAD
 from ..optimize.tensors import SourceTensor
-from ..runtime.bundle import is_safe_name
+from ..runtime.bundle import is_safe_name, same_elsewhere
 from ..tables import size
 from .config import check_config
 from .json_object import MOST_BYTES, read_object
@@ -140,6 +140,10 @@ def _files(path: Path) -> dict[str, Path | bytes]:
 
 def check_carried(path: Path, files: Mapping[str, Path | bytes]) -> None:
     """Raise LlamaExportError for a file of the folder `path` that cannot go into a bundle."""
+    for name, other in same_elsewhere(files):
+        raise LlamaExportError(
+            f"{path} holds {name!r} and {other!r}, which are one file where case does not count; rename one of them."
+        )
     for name, file in files.items():
         if not (is_safe_name(name) and name.isprintable()):
             raise LlamaExportError(

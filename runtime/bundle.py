@@ -9,7 +9,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,11 @@ CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
 """The execution providers of ONNX Runtime that a bundle may ask for."""
 
 _MAX_MANIFEST_BYTES = 4 << 20
-_UNUSABLE = re.compile(r'[\\:*?"<>|\x00-\x1f\ud800-\udfff]')
+_UNUSABLE = re.compile(r'[\\:*?"<>|\x00-\x1f\ud800-\udfff]|[. ]\Z')
+"""In a part of a path: what Windows takes for something else, drops (at the end), or no system can write."""
+_PORTS = (f"{port}{one}" for port in ("COM", "LPT") for one in "123456789¹²³")
+_DEVICES = frozenset(("CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", *_PORTS))
+"""What Windows opens for these names in any folder, with any extension (Python's os.path.isreserved)."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _VERSION = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9}){0,7}")
 
@@ -256,14 +260,21 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     for name, version in manifest.minimum.items():
         if not _VERSION.fullmatch(version):
             yield f"minimum.{name} must be a version such as 1.23.2, not {version!r}"
-    for name, record in manifest.files.items():
+    yield from _file_problems(manifest.files)
+    names = [adapter.name for adapter in manifest.adapters]
+    distinct = len({name.casefold() for name in names}) == len(names)
+    if not distinct or not all(is_safe_name(name) and "/" not in name for name in names):
+        yield f"adapters must have names of their own that can name a file, not {', '.join(map(repr, names))}"
+
+
+def _file_problems(files: Mapping[str, FileRecord]) -> Iterator[str]:
+    for name, record in files.items():
         if not is_safe_name(name):
             yield f"files has the path {name!r}, which does not name a file inside the bundle"
         if not _SHA256.fullmatch(record.sha256):
             yield f"files[{name!r}].sha256 must be 64 hexadecimal digits"
-    names = [adapter.name for adapter in manifest.adapters]
-    if len(set(names)) != len(names) or not all(is_safe_name(name) and "/" not in name for name in names):
-        yield f"adapters must have names of their own that can name a file, not {', '.join(map(repr, names))}"
+    for name, other in same_elsewhere(files):
+        yield f"files has {name!r} and {other!r}, which are one file where case does not count"
 
 
 def _engine_problems(manifest: Manifest) -> Iterator[str]:
@@ -300,10 +311,21 @@ def reference_folder(adapter: str | None) -> str:
 
 
 def is_safe_name(name: str) -> bool:
-    """Tell whether `name` is a relative path with forward slashes that stays in its folder on every system."""
-    return name != MANIFEST and not any(
-        part in ("", ".", "..") or _UNUSABLE.search(part) is not None for part in name.split("/")
+    """Tell whether `name` is a relative path with forward slashes that stays in its folder on every system, and names
+    a file there: on Windows neither a device, nor the same as another name.
+    """
+    return name.casefold() != MANIFEST and not any(
+        not part or _UNUSABLE.search(part) is not None or part.partition(".")[0].rstrip(" ").upper() in _DEVICES
+        for part in name.split("/")
     )
+
+
+def same_elsewhere(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Pairs of names that differ in nothing but case."""
+    first: dict[str, str] = {}
+    for name in names:
+        if (other := first.setdefault(name.casefold(), name)) != name:
+            yield other, name
 
 
 @dataclass(frozen=True)

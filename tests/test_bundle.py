@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 from llama_export.errors import LlamaExportError, UsageError
-from llama_export.runtime.bundle import FileRecord, Limits, Manifest, Tokens, is_safe_name, open_bundle, seal
+from llama_export.runtime.bundle import (
+    AdapterRecord,
+    FileRecord,
+    Limits,
+    Manifest,
+    Tokens,
+    is_safe_name,
+    open_bundle,
+    seal,
+)
 from llama_export.runtime.hashes import check_files
 from llama_export.runtime.hashing import sha256_of
 from support.tiny_bundle import TinyLlama, manifest_for, write_bundle
@@ -92,8 +101,46 @@ def test_unsafe_names(name: str) -> None:
     assert not is_safe_name(name)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("CON", "nul", "Aux.txt", "sub/prn", "nul.tar.gz", "COM1", "lpt9.log", "com¹", "CONIN$", "NUL .txt"),
+        *("a.", "a ", "sub./x", "sub /x", ". ", "...", "C:/x", "\\\\server\\share", "a:stream", "sub/..\\x"),
+        *("Manifest.json", "MANIFEST.JSON", "a?", "a\n", "a|b"),
+    ],
+)
+def test_names_that_are_something_else_on_windows(name: str) -> None:
+    """Devices, names whose end Windows drops, drives, streams, wildcards, and the manifest in other letters."""
+    assert not is_safe_name(name)
+
+
 def test_safe_names() -> None:
-    assert all(map(is_safe_name, ["a", "model.onnx.data", "engine/sm_89.plan", "..a", "a b", "é"]))
+    names = [
+        "a",
+        "model.onnx.data",
+        "engine/sm_89.plan",
+        "..a",
+        "a b",
+        "é",
+        "console",
+        "com",
+        "com10",
+        "null.txt",
+        " a",
+    ]
+    assert all(map(is_safe_name, names))
+
+
+def test_files_that_are_one_where_case_does_not_count() -> None:
+    record = {"sha256": "0" * 64, "size": 1}
+    with pytest.raises(LlamaExportError, match="'A/b' and 'a/B', which are one file where case does not count"):
+        Manifest.from_json(changed("files", {"A/b": record, "c": record, "a/B": record}))
+
+
+def test_adapters_that_are_one_where_case_does_not_count() -> None:
+    adapters = tuple(AdapterRecord(name, None, 1.0, 4, "0" * 64) for name in ("Tone", "tone"))
+    with pytest.raises(LlamaExportError, match="adapters must have names of their own"):
+        dataclasses.replace(MANIFEST, adapters=adapters)
 
 
 def test_seal_records_every_file_and_opens(tmp_path: Path) -> None:

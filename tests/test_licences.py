@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llama_export.errors import LlamaExportError
+from llama_export.export.folder import check_carried
 from llama_export.export.licences import (
     COMMUNITY_LICENCES,
     duties,
@@ -161,3 +163,8 @@ def test_a_licence_that_nobody_tells_is_told_as_such(tmp_path: Path) -> None:
     model, report = built(folder, tmp_path / "out")
     assert (model["licence"], model["duties"]) == (None, [])
     assert "Licence: not told by the checkpoint; find out before you hand the model on." in report.splitlines()
+
+
+def test_two_licences_that_are_one_file_where_case_does_not_count(tmp_path: Path) -> None:
+    with pytest.raises(LlamaExportError, match="'LICENSE' and 'license', which are one file.*rename one"):
+        check_carried(tmp_path, {"LICENSE": b"a", "NOTICE": b"b", "license": b"c"})
