@@ -9,6 +9,7 @@ before the builder begins.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LlamaExportError
+from ..runtime.files import replace
 from ..runtime.recipe import Recipe
 from .engine_api import (
     create_config,
@@ -67,7 +69,7 @@ def build_plan(
         _write_plan(builder, network, config, plan, log, phases)
         measured = timing_cache(config)
     if cache is not None and measured:
-        _replace(cache, measured)
+        _keep(cache, measured, log)
     built = Built(trt.__version__, plan.stat().st_size, time.monotonic() - began, memory.peak)
     log.note(f"{built.size} bytes in {built.seconds:.1f} s; most memory beside mapped files: {built.peak_bytes} bytes")
     return built
@@ -166,10 +168,16 @@ def _writer(write: Callable[[bytes], int]) -> Any:
     return Writer()
 
 
-def _replace(path: Path, data: bytes) -> None:
+def _keep(path: Path, data: bytes, log: BuildLog) -> None:
+    """Write what the builder measured; without it the next build only takes longer."""
     part = path.with_name(f"{path.name}.part")
-    part.write_bytes(data)
-    part.replace(path)
+    try:
+        part.write_bytes(data)
+        replace(part, path)
+    except (OSError, LlamaExportError) as error:
+        log.note(f"what was measured is not kept: {error}")
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 class _Memory:
@@ -192,6 +200,7 @@ class _Memory:
 
     def _watch(self) -> None:
         """/proc/self/statm: pages resident, and of those the pages of files (proc_pid_statm(5))."""
+        assert sys.platform == "linux", "`__enter__` starts this nowhere else"
         page = os.sysconf("SC_PAGE_SIZE")
         while not self._end.wait(_SAMPLED_SECONDS):
             resident, shared = (int(word) for word in Path("/proc/self/statm").read_text(encoding="ascii").split()[1:3])

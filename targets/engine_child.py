@@ -1,7 +1,7 @@
-"""The process that builds an engine: reads its job from stdin, tells how far it is on stdout, one JSON object a line.
+"""The process that builds an engine: is given its job, tells how far it is on stdout, one JSON object a line.
 
-Stdin stays open as long as the parent lives and wants the engine. When it ends, the build is stopped; when it ends
-without a word, the parent was killed, and this process ends at once.
+What its orders come by stays open as long as the parent lives and wants the engine. When it ends, the build is
+stopped; when it ends without a word, the parent was killed, and this process ends at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import signal
-import sys
 import threading
 import traceback
 from importlib.util import find_spec
@@ -28,8 +27,11 @@ STOP = "stop"
 """What the parent writes when the user wants no engine any more."""
 
 
-def main(job: dict[str, Any]) -> None:
-    """Build as `job` says (`engine_process.Job`); the last line has the key "built", "error" or "stopped"."""
+def main(job: dict[str, Any], orders: TextIO) -> None:
+    """Build as `job` says (`engine_process.Job`); the last line has the key "built", "error" or "stopped".
+
+    orders: where `STOP` comes from, if it comes.
+    """
     with contextlib.suppress(ValueError):  # Ctrl-C reaches the whole process group: the parent decides what it means
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = _take_stdout(Path(job["log"]))
@@ -40,7 +42,7 @@ def main(job: dict[str, Any]) -> None:
             channel.write(json.dumps(message) + "\n")
             channel.flush()
 
-    threading.Thread(target=_obey, args=(stop,), daemon=True).start()
+    threading.Thread(target=_obey, args=(orders, stop), daemon=True).start()
     try:
         tell(**_build(job, stop, tell))
     except LlamaExportError as error:
@@ -84,14 +86,14 @@ def _build(job: dict[str, Any], stop: threading.Event, tell: Any) -> dict[str, A
 
 def _take_stdout(log: Path) -> TextIO:
     """Stdout for us alone: what libraries print there, and on stderr, goes to the log."""
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8", newline="\n")
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     return channel
 
 
-def _obey(stop: threading.Event) -> None:
-    if sys.stdin.readline().strip() != STOP:
+def _obey(orders: TextIO, stop: threading.Event) -> None:
+    if orders.readline().strip() != STOP:
         os._exit(1)
     stop.set()

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..errors import LlamaExportError
 from ..progress import Progress
 from ..runtime.bundle import DATA_FILE, GRAPH_FILE, MODULES, TENSORRT_RTX, Bundle
+from ..runtime.files import replace
 from ..runtime.recipe import Recipe, read_recipe
 from ..runtime.requirements import parse_version
 from ..runtime.tensorrt import EngineFile, device_label, engine_folder, engine_label, this_gpu
@@ -68,7 +69,7 @@ def build_engine(
     built = _build(bundle, dataclasses.replace(recipe, compute_capability=(gpu.compute_capability,)), file, progress)
     try:
         check(dataclasses.replace(file, path=folder / PART))
-        (folder / PART).replace(file.path)
+        replace(folder / PART, file.path)
     finally:
         (folder / PART).unlink(missing_ok=True)
     return DeviceEngine(file, built, notes)

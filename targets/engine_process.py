@@ -10,11 +10,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import IO, Any
 
 from ..errors import LlamaExportError
 from ..progress import Progress
@@ -25,9 +27,15 @@ from ..tables import size
 _STOP_SECONDS = 10.0
 """Until a builder that was told to stop is ended: its steps are short, but only between them it looks."""
 
+_LOOK_SECONDS = 0.2
+"""How often one who waits for the builder hears Ctrl-C: Windows interrupts no wait for a pipe."""
+
+# The builder waits for orders while it loads libraries. Some of these ask what their stdin is as they are loaded, for
+# which Windows lets them wait until a read from it has ended (python/cpython#78961, numpy/numpy#24290): they get none.
 _START = (
-    "import sys, json; job = json.loads(sys.stdin.readline()); sys.path[:] = job.pop('path'); "
-    "from {package}.engine_child import main; main(job)"
+    "import json, os, sys; orders = os.fdopen(os.dup(0), encoding='ascii'); "
+    "os.dup2(os.open(os.devnull, os.O_RDONLY), 0); job = json.loads(orders.readline()); sys.path[:] = job.pop('path'); "
+    "from {package}.engine_child import main; main(job, orders)"
 )
 
 
@@ -87,7 +95,7 @@ def _child(job: Job) -> Iterator[subprocess.Popen[str]]:
     )
     message = {key: str(value) if isinstance(value, Path) else value for key, value in vars(job).items()}
     try:
-        with suppress(BrokenPipeError):  # it ended already: told by its exit code
+        with suppress(OSError):  # it ended already: told by its exit code
             _say(child, json.dumps({"path": sys.path, **message, "recipe": dataclasses.asdict(job.recipe)}))
         yield child
     except KeyboardInterrupt:
@@ -98,8 +106,10 @@ def _child(job: Job) -> Iterator[subprocess.Popen[str]]:
     finally:
         child.kill()
         child.wait()
-        with suppress(OSError):
-            child.communicate()
+        for pipe in (child.stdin, child.stdout):
+            with suppress(OSError):  # what it did not take any more
+                assert pipe is not None
+                pipe.close()
 
 
 def _say(child: subprocess.Popen[str], line: str) -> None:
@@ -111,7 +121,7 @@ def _say(child: subprocess.Popen[str], line: str) -> None:
 def _follow(child: subprocess.Popen[str], progress: Progress) -> Built | None:
     """Tell the progress until the builder says how it went; None when it ended without."""
     assert child.stdout is not None
-    for line in child.stdout:
+    for line in _lines(child.stdout):
         message: dict[str, Any] = json.loads(line)
         if "share" in message:
             progress.share(message["share"])
@@ -120,6 +130,25 @@ def _follow(child: subprocess.Popen[str], progress: Progress) -> Built | None:
         elif "built" in message:
             return Built(**message["built"])
     return None
+
+
+def _lines(pipe: IO[str]) -> Iterator[str]:
+    """The lines of a pipe as they come, read in a thread so that whoever waits for them hears Ctrl-C."""
+    heard: SimpleQueue[str | None] = SimpleQueue()
+
+    def read() -> None:
+        with suppress(OSError, ValueError):  # closed: nobody waits any more
+            for line in pipe:
+                heard.put(line)
+        heard.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        with suppress(Empty):
+            line = heard.get(timeout=_LOOK_SECONDS)
+            if line is None:
+                return
+            yield line
 
 
 def _death(code: int, job: Job) -> str:

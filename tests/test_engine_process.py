@@ -162,7 +162,23 @@ def test_the_timing_cache_is_kept(
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_timing_cache_that_cannot_be_kept_costs_no_engine(tmp_path: Path, release: Callable[..., Path]) -> None:
+    release("10.3.0")
+    (tmp_path / "timing.cache").mkdir()
+    assert build(tmp_path, STRONG, timing=tmp_path / "timing.cache").size == 4
+    assert "what was measured is not kept" in (tmp_path / "build.log").read_text()
+
+
 # The process
+
+
+def test_libraries_of_the_builder_find_nothing_on_stdin(tmp_path: Path, release: Callable[..., Path]) -> None:
+    """On Windows one that asks what it is would wait there until the build is called off."""
+    folder = release("10.3.0")
+    with (folder / "tensorrt.py").open("a", encoding="utf-8") as file:
+        file.write("\nimport sys\nassert os.path.samestat(os.fstat(0), os.stat(os.devnull)), 'stdin is a pipe'\n")
+        file.write("assert sys.stdin.read() == ''\n")
+    assert build(tmp_path, STRONG).size == 4
 
 
 def test_a_builder_killed_for_memory(tmp_path: Path, release: Callable[..., Path]) -> None:

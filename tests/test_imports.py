@@ -20,7 +20,7 @@ _RECORDING = {"runtime.batch", "runtime.onnx_file", "runtime.reference", "runtim
 # Engines are built on a device too, as a recipe says, and laid where the runtime looks for them.
 _BUILDING = {
     *("runtime.recipe", "runtime.decode_json", "runtime.protobuf", "runtime.tensorrt"),
-    *("runtime.hashing", "runtime.requirements"),
+    *("runtime.hashing", "runtime.requirements", "runtime.files"),
 }
 
 ALLOWED = {

@@ -166,5 +166,5 @@ def test_a_licence_that_nobody_tells_is_told_as_such(tmp_path: Path) -> None:
 
 
 def test_two_licences_that_are_one_file_where_case_does_not_count(tmp_path: Path) -> None:
-    with pytest.raises(LlamaExportError, match="'LICENSE' and 'license', which are one file.*rename one"):
+    with pytest.raises(LlamaExportError, match=r"'LICENSE' and 'license', which are one file.*rename one"):
         check_carried(tmp_path, {"LICENSE": b"a", "NOTICE": b"b", "license": b"c"})
