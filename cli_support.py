@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
+from .console import prepare_streams
 from .errors import LlamaExportError, did_you_mean
 from .progress import Terminal
 from .runtime.threads import MAX_THREADS
@@ -91,7 +92,7 @@ class Group(click.Group):
         self.params.append(_debug_option())
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        _open_missing_streams()
+        prepare_streams()
         return super().main(*args, **kwargs)
 
     def resolve_command(
@@ -125,13 +126,6 @@ class Group(click.Group):
             if ctx.meta.get(_DEBUG):
                 traceback.print_exc()
             raise Interrupted from None
-
-
-def _open_missing_streams() -> None:
-    """Python has None for a stream that the shell closed (`>&-`), and much of what prints does not expect that."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 (for good)
 
 
 def _fail(ctx: click.Context, message: str, code: int) -> NoReturn:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, TextIO
 
+from .console import obeys_escapes
 from .tables import plain
 
 REDRAW_SECONDS = 0.1
@@ -72,7 +73,7 @@ class Terminal:
 
     def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
         self._stream = sys.stderr if stream is None else stream
-        self._redraws = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._redraws = obeys_escapes(self._stream)
         self._colours = self._redraws and not os.environ.get("NO_COLOR")
         self._quiet = quiet
         self._stage: _Stage | None = None

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ..console import printable
 from ..errors import LlamaExportError, UsageError, did_you_mean
 from ..tables import plain
 from .generate import GenerationOptions, Result, Stream
 from .model import Model
 
-COMMANDS = {"/exit": "end the conversation (or Ctrl-D)", "/reset": "forget it and begin anew"}
+_END = "Ctrl-Z and Enter" if os.name == "nt" else "Ctrl-D"
+COMMANDS = {"/exit": f"end the conversation (or {_END})", "/reset": "forget it and begin anew"}
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,6 @@ def run(model: Model, request: RunRequest) -> None:
     """Write what is asked for to stdout. Ctrl-C shows what there is and raises KeyboardInterrupt, in a conversation it
     ends only the answer. Raises as `Model.stream` and `Model.stream_chat` do.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # an old console's encoding lacks most of Unicode
-            stream.reconfigure(errors="replace")
     if request.prompt is None:
         _converse(model, request)
         return
@@ -125,12 +125,18 @@ def _show(text: Stream, model: Model, request: RunRequest) -> Result:
         text.stop()
     result = text.result
     if request.as_json:
-        print(json.dumps(to_json(result, model), ensure_ascii=False), flush=True)
+        print(_json(to_json(result, model)), flush=True)
         return result
     print(flush=True)
     if not request.quiet:
         _say(figures(result, model.adapter))
     return result
+
+
+def _json(value: dict[str, Any]) -> str:
+    """One line, readable where stdout's encoding allows it, else with JSON's own escapes: nothing of it may be lost."""
+    line = json.dumps(value, ensure_ascii=False)
+    return line if printable(line, sys.stdout) else json.dumps(value)
 
 
 def to_json(result: Result, model: Model) -> dict[str, Any]:
