@@ -65,6 +65,11 @@ def plan_build(options: BuildOptions, target: Target, progress: Progress) -> Bui
     Raises UsageError and LlamaExportError, each with one sentence for the user.
     """
     made = what_is_made(target)
+    if options.adapter_mode == RUNTIME and made.backend != ONNXRUNTIME:
+        raise UsageError(
+            "--adapter-mode runtime is for ONNX Runtime, while TensorRT's engines have their weights fixed: use "
+            "--adapter-mode merge, or --backend onnxruntime."
+        )
     source = open_source(
         options.model,
         revision=options.revision,
@@ -72,7 +77,7 @@ def plan_build(options: BuildOptions, target: Target, progress: Progress) -> Bui
         cache_dir=options.cache_dir,
         progress=progress,
     )
-    adapters, merge = _open_adapters(options, source, made), options.adapter_mode == MERGE
+    adapters, merge = _open_adapters(options, source), options.adapter_mode == MERGE
     if merge:
         source = source.with_other(tensors=merged(source.tensors, adapters))
     beside = _bytes_beside(() if merge else adapters, source, made)
@@ -123,7 +128,7 @@ def _kept(tensors: Mapping[str, SourceTensor], formats: Mapping[str, Format]) ->
     return f"Without --precision, matrices are stored as they come, or nearest to it: {', '.join(pairs)}."
 
 
-def _open_adapters(options: BuildOptions, source: Source, made: Made) -> tuple[Adapter, ...]:
+def _open_adapters(options: BuildOptions, source: Source) -> tuple[Adapter, ...]:
     adapters = tuple(fitted(read_adapter(text), source.model_id, source.tensors) for text in options.adapters)
     for adapter in adapters:
         check_carried(adapter.path, legal_files(adapter.path))
@@ -135,16 +140,11 @@ def _open_adapters(options: BuildOptions, source: Source, made: Made) -> tuple[A
         if counts[adapter.name.casefold()] > 1:
             raise UsageError(f"Two adapters are called {adapter.name}, by which they are told apart; rename a folder.")
     if options.adapter_mode == RUNTIME:
-        _check_runtime(options, adapters, made)
+        _check_runtime(options, adapters)
     return adapters
 
 
-def _check_runtime(options: BuildOptions, adapters: tuple[Adapter, ...], made: Made) -> None:
-    if made.backend != ONNXRUNTIME:
-        raise UsageError(
-            "--adapter-mode runtime is for ONNX Runtime, while TensorRT's engines have their weights fixed: use "
-            "--adapter-mode merge, or --backend onnxruntime."
-        )
+def _check_runtime(options: BuildOptions, adapters: tuple[Adapter, ...]) -> None:
     if not options.adapters:
         raise UsageError("--adapter-mode runtime keeps adapters beside the weights; name them with --adapter.")
     for adapter in adapters:
