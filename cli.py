@@ -122,7 +122,7 @@ def verify(bundle: Path, *, no_hash: bool, json_file: Path | None, quiet: bool, 
     else:
         echo_lines(verdict.lines())
         if json_file is not None:
-            json_file.write_text(text + "\n", encoding="utf-8")
+            json_file.write_text(text + "\n", encoding="utf-8", newline="\n")
     if not verdict.passed:
         raise SystemExit(1)
 

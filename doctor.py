@@ -25,7 +25,16 @@ from .targets.host import Machine, host_target, read_machine
 BUILD_PYTHON = ((3, 11), (3, 13))
 LOW_DISK_BYTES = 5_000_000_000
 RUNTIME_MODULES = ("onnxruntime", "onnxruntime-gpu")
-SHOWN_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "XDG_CACHE_HOME", "LLAMA_EXPORT_DEBUG")
+SHOWN_VARIABLES = (
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_HUB_OFFLINE",
+    "HF_ENDPOINT",
+    "XDG_CACHE_HOME",
+    "LOCALAPPDATA",
+    "LLAMA_EXPORT_DEBUG",
+)
+_NO_FLAGS = {"Linux": "none of those that quicken int8 and int4"}
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
@@ -108,6 +117,8 @@ def to_json(found: Surroundings) -> dict[str, Any]:
 
 
 def _build_verdict(found: Surroundings) -> Finding:
+    if found.machine.system == "Windows":
+        return Finding(False, "build: not on Windows", "Build on Linux or macOS and copy the bundle here.")
     oldest, newest = BUILD_PYTHON
     version = ".".join(map(str, found.python))
     if found.python[:2] < oldest:
@@ -185,7 +196,7 @@ def _machine_rows(found: Surroundings) -> list[tuple[str, str]]:
     rows = [
         ("system", f"{machine.system} {machine.architecture}"),
         ("CPU", f"{machine.cpu}, {found.cores} cores, {found.cpus} threads"),
-        ("instructions", ", ".join(machine.flags) or "none of those that quicken int8 and int4"),
+        ("instructions", ", ".join(machine.flags) or _NO_FLAGS.get(machine.system, "not told by this system")),
         ("memory", f"{size(machine.memory_bytes)}, {size(machine.available_bytes)} available"),
         *(("disk", f"{size(free)} free at {folder}") for folder, free in found.free.items()),
     ]

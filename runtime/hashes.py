@@ -107,7 +107,7 @@ def cache_folder() -> Path | None:
 
 def _stamp_path(bundle: Bundle) -> Path | None:
     folder = cache_folder()
-    key = hashlib.sha256(f"{bundle.manifest_sha256}\0{bundle.path}".encode("utf-8", "surrogateescape")).hexdigest()
+    key = hashlib.sha256(f"{bundle.manifest_sha256}\0".encode() + os.fsencode(bundle.path)).hexdigest()
     return None if folder is None else folder / "verified" / f"{key}.json"
 
 

@@ -54,6 +54,7 @@ def gatherer() -> Callable[[], int]:
     A region that refuses several pages in a row is left: the cache does, which is mostly empty, and so does all memory
     on a kernel that does not know the request.
     """
+    assert sys.platform.startswith("linux"), "`gathering` calls this nowhere else"
     advise = ctypes.CDLL(None, use_errno=True).madvise
     advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     done: set[int] = set()
@@ -61,7 +62,7 @@ def gatherer() -> Callable[[], int]:
     def gather() -> int:
         before = len(done)
         with contextlib.suppress(OSError):  # no /proc: a container may hide it
-            for start, stop in large_regions(_MAPS.read_text()):
+            for start, stop in large_regions(_MAPS.read_text("utf-8", "replace")):
                 refused = 0
                 for page in range(start, stop, _SIZE):
                     if page in done:

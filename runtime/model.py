@@ -22,6 +22,9 @@ from .text import Tokenizer
 
 T = TypeVar("T")
 
+_LOOK_SECONDS = 0.2
+"""How often one who waits for a thread hears Ctrl-C: Windows interrupts no such wait."""
+
 
 def load(
     path: str | os.PathLike[str],
@@ -221,7 +224,8 @@ class _InThread(Generic[T]):
             self._error = error
 
     def wait(self) -> None:
-        self._thread.join()
+        while self._thread.is_alive():
+            self._thread.join(_LOOK_SECONDS)
 
     def result(self) -> T:
         self.wait()

@@ -42,7 +42,7 @@ def usable_cpus() -> set[int]:
 def _core_of(index: int) -> str:
     """Return a name for the core of one CPU: the list of CPUs that share it, or its own index when that is not told."""
     try:
-        return (_CPUS / f"cpu{index}" / "topology" / "thread_siblings_list").read_text().strip() or str(index)
+        return (_CPUS / f"cpu{index}" / "topology" / "thread_siblings_list").read_text("ascii").strip() or str(index)
     except OSError:
         return str(index)
 
@@ -50,7 +50,7 @@ def _core_of(index: int) -> str:
 def _quota_cpus() -> int | None:
     """Return the whole CPUs that a cgroup v2 quota grants, rounded up, or None where there is no quota."""
     try:
-        granted, period = _QUOTA.read_text().split()
+        granted, period = _QUOTA.read_text("ascii").split()
         return None if granted == "max" else max(1, -(-int(granted) // int(period)))
     except (OSError, ValueError, ZeroDivisionError):
         return None

@@ -1,13 +1,15 @@
-"""What this machine is, read from Linux's own files; on other systems only what Python itself knows."""
+"""What this machine is, read from Linux's own files; on other systems what Python knows, and the memory of Windows."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +19,7 @@ from .devices import CATALOGUE, GB, Target, load_target
 from .jetpack import JetPack, jetpack_of_l4t
 from .names import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
 from .tensorrt import NEWEST_RTX, RELEASES, has_engines
+from .windows_memory import windows_memory
 
 # Instructions that decide how fast int8 and int4 kernels are; the names are those of /proc/cpuinfo.
 NOTABLE_FLAGS = {
@@ -222,7 +225,9 @@ def _first_cpu(cpuinfo: str) -> dict[str, str]:
 
 
 def memory_bytes() -> tuple[int, int]:
-    """Total and available bytes: the machine's, or a container's limit where that is lower."""
+    """Total and available bytes: the machine's, or a container's limit where that is lower; 0 where nobody tells."""
+    if sys.platform == "win32":
+        return windows_memory(ctypes.WinDLL("kernel32"))
     sizes = dict(re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB", _text("proc/meminfo"), re.MULTILINE))
     if "MemTotal" in sizes:
         total = int(sizes["MemTotal"]) * 1024
@@ -257,10 +262,10 @@ def _nvidia_smi() -> str:
     if shutil.which(NVIDIA_SMI[0]) is None:
         return ""
     try:
-        done = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(NVIDIA_SMI, capture_output=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout if done.returncode == 0 else ""
+    return done.stdout.decode("utf-8", "replace") if done.returncode == 0 else ""
 
 
 def _has_module(name: str) -> bool:
