@@ -20,20 +20,25 @@ from llama_export.cli import main
 from llama_export.export.gguf import blocks as gguf_blocks
 from llama_export.optimize.formats import PRECISIONS, format_named, stored_bytes
 from llama_export.runtime import GenerationOptions, load
-from llama_export.runtime.bundle import Limits, Manifest, ModelRecord, Shape, Tokens
+from llama_export.runtime.bundle import Limits, Manifest, ModelRecord, Shape, Tokens, open_bundle
 from llama_export.runtime.generate import Result
 from llama_export.runtime.reference import Index, Logits, Prompt, WeightRecord
 from llama_export.runtime.verify import LIMITS
 from llama_export.settings import FILE_NAME
 from llama_export.targets.devices import load_target
 from support.tiny_bundle import random_llama, write_bundle
+from support.tiny_tensorrt import write_tensorrt_bundle
 
 ROOT = Path(llama_export.__file__).parent
 README, ARCHITECTURE, BUNDLE, PARITY = (
     ROOT / name for name in ("README.md", "docs/architecture.md", "docs/bundle.md", "docs/parity.md")
 )
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-EXAMPLE = ROOT / "docs/examples/plain_onnxruntime.py"
+EXAMPLES = {
+    "ort": ROOT / "docs/examples/plain_onnxruntime.py",
+    "trt": ROOT / "docs/examples/plain_tensorrt_graph.py",
+    "trt-primitive": ROOT / "docs/examples/plain_tensorrt_graph.py",
+}
 PICTURES = sorted((ROOT / "docs").glob("*.svg"))
 FOLDERS = ("benchmarks", "docs", "export", "optimize", "runtime", "targets", "tests")
 
@@ -73,6 +78,12 @@ def command_lines(page: Path) -> list[tuple[Block, str]]:
     return found
 
 
+def settings_above(page: Path, block: Block) -> str | None:
+    """The llama-export.toml that the page shows under the same heading, for commands that need it."""
+    shown = (one.text for one in blocks(page) if one.language == "toml" and one.heading == block.heading)
+    return next((text for text in shown if "[build]" in text), None)
+
+
 def words_of(line: str) -> list[list[str]]:
     """The commands of a line, each as its words; `|` separates them."""
     commands: list[list[str]] = [[]]
@@ -85,24 +96,27 @@ def words_of(line: str) -> list[list[str]]:
 
 
 ALL_COMMANDS = [
-    pytest.param(block, words, id=f"{page.name}: {shlex.join(words)}")
+    pytest.param(settings_above(page, block), words, id=f"{page.name}: {shlex.join(words)}")
     for page in PAGES
     for block, line in command_lines(page)
     for words in words_of(line)
 ]
 
 
-@pytest.mark.parametrize(("block", "words"), ALL_COMMANDS)
+OTHERS = (".", "echo", "python3", "rsync", "sudo")
+"""What pages tell to run that is none of ours."""
+
+
+@pytest.mark.parametrize(("settings", "words"), ALL_COMMANDS)
 def test_commands_can_be_given_so(
-    block: Block, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: str | None, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    if block.heading == FILE_NAME:
-        (tmp_path / FILE_NAME).write_text(settings_block().text)
+    if settings is not None:
+        (tmp_path / FILE_NAME).write_text(settings)
     tool, *arguments = words
-    {"llama-export": parse_ours, "make": parse_make, "pip": parse_pip, "python": parse_python, "echo": len}[tool](
-        arguments
-    )
+    ours = {"llama-export": parse_ours, "make": parse_make, "pip": parse_pip, "python": parse_python}
+    (ours | dict.fromkeys(OTHERS, len))[tool](arguments)
 
 
 def parse_ours(arguments: list[str]) -> None:
@@ -119,7 +133,7 @@ def parse_make(arguments: list[str]) -> None:
 def parse_pip(arguments: list[str]) -> None:
     extras = project()["optional-dependencies"]
     action, *rest = arguments
-    assert action == "install"
+    assert action in ("install", "wheel")
     for before, word in zip(["", *rest], rest, strict=False):
         if before == "-c":
             assert (ROOT / word).is_file()
@@ -143,10 +157,6 @@ def test_wrong_commands_would_be_noticed() -> None:
         parse_ours(["bake"])
     with pytest.raises(AssertionError):
         parse_pip(["install", ".[builds]"])
-
-
-def settings_block() -> Block:
-    return next(block for block in blocks(README) if block.heading == FILE_NAME and block.language == "toml")
 
 
 def test_a_target_of_ones_own_is_one(tmp_path: Path) -> None:
@@ -278,19 +288,25 @@ def test_the_bits_of_formats_are_right() -> None:
         assert [float(cell) for cell in cells] == bits
 
 
-def test_the_document_shows_the_example_as_it_is() -> None:
-    shown = next(block.text for block in blocks(BUNDLE) if block.language == "python")
-    assert shown == EXAMPLE.read_text(encoding="utf-8").split('"""\n\n', 1)[1].rstrip("\n")
+def test_the_document_shows_the_examples_as_they_are() -> None:
+    shown = [block.text for block in blocks(BUNDLE) if block.language == "python"]
+    examples = [path.read_text(encoding="utf-8") for path in dict.fromkeys(EXAMPLES.values())]
+    assert shown == [text.split('"""\n\n', 1)[1].rstrip("\n") for text in examples]
 
 
 def printed_by_example(bundle: Path, prompt: str) -> str:
-    command = [sys.executable, str(EXAMPLE), str(bundle), prompt]
+    dialect = open_bundle(bundle).manifest.dialect
+    command = [sys.executable, str(EXAMPLES[dialect]), str(bundle), prompt]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_the_example_writes_what_the_runtime_writes(tmp_path: Path) -> None:
-    write_bundle(tmp_path)
-    model = load(tmp_path)
+@pytest.mark.parametrize("dialect", EXAMPLES)
+def test_the_example_writes_what_the_runtime_writes(dialect: str, tmp_path: Path) -> None:
+    if dialect == "ort":
+        write_bundle(tmp_path)
+    else:
+        write_tensorrt_bundle(tmp_path, dialect)
+    model = load(tmp_path, backend="onnxruntime")
     result = model.generate("odd sizes", GenerationOptions(max_new_tokens=32))
     new = [token for token in result.token_ids if token not in model.bundle.manifest.tokens.eos]
     expected = model.tokenizer.decode([*model.tokenizer.encode("odd sizes"), *new])
