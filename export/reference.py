@@ -7,12 +7,11 @@ shows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 import torch
 from transformers import PreTrainedConfig
 
@@ -20,10 +19,9 @@ from ..optimize.formats import Format
 from ..optimize.plan import head_of
 from ..optimize.quantise import stored_values
 from ..optimize.tensors import Float32, SourceTensor
-from ..optimize.trt.linear import InputScale
 from ..progress import Progress
 from ..runtime.reference import Fingerprint
-from .layerwise import Layerwise, Parts, cuts, float32_bytes, projections
+from .layerwise import Layerwise, Parts, cuts, float32_bytes
 from .lora.peft_folder import LowRank
 
 
@@ -32,7 +30,7 @@ class ExactModel:
     """A model in float32 whose weights are those of a bundle: `formats` applied to `tensors`, scales in `scale_dtype`.
 
     context: of the bundle, for which the frequencies of the dynamic rope type are fixed. added: what an adapter adds to
-    stored weights, its matrices in `scale_dtype` too. inputs: how what projections read is rounded, by weight.
+    stored weights, its matrices in `scale_dtype` too.
     fingerprints: of every tensor that was used, by name: sha256 and norm of its dequantised values.
     """
 
@@ -42,32 +40,21 @@ class ExactModel:
     scale_dtype: npt.DTypeLike
     context: int
     added: Mapping[str, LowRank] = field(default_factory=dict)
-    inputs: Mapping[str, InputScale] = field(default_factory=dict)
     fingerprints: dict[str, tuple[str, float]] = field(default_factory=dict)
 
     def logits(self, sequences: Sequence[Sequence[int]], progress: Progress) -> list[Float32]:
         """The logits [length, vocab] after each token of each sequence, all sequences in one pass over the weights."""
         total = float32_bytes(self.tensors)
         model = Layerwise(self.config, self.tensors, self.context, self._parts)
-
-        def begin(index: int, layer: torch.nn.Module) -> None:
-            progress.advance(self._used_bytes(), total)
-            for name, module in projections(index, layer):
-                if name in self.inputs:
-                    module.register_forward_pre_hook(_rounding(self.inputs[name]))
-
-        hidden = model.decoded(sequences, begin)
+        hidden = model.decoded(sequences, lambda *_: progress.advance(self._used_bytes(), total))
         progress.advance(self._used_bytes(), total)
         logits = self._head(model.normed(torch.cat([state[0] for state in hidden])))
         progress.advance(total, total)
         return np.split(logits, np.cumsum([len(sequence) for sequence in sequences])[:-1])
 
     def _head(self, normed: torch.Tensor) -> Float32:
-        name = head_of(self.tensors)
-        if name in self.inputs:
-            normed = rounded(normed, self.inputs[name])
         logits = np.empty((len(normed), self.config.vocab_size), np.float32)
-        for start, part in self._parts(name):
+        for start, part in self._parts(head_of(self.tensors)):
             logits[:, start : start + len(part)] = (normed @ torch.from_numpy(part).T).numpy()
         return logits
 
@@ -84,17 +71,3 @@ class ExactModel:
 
     def _used_bytes(self) -> int:
         return float32_bytes({name: self.tensors[name] for name in self.fingerprints})
-
-
-def rounded(values: torch.Tensor, scale: InputScale) -> torch.Tensor:
-    """`values` after ONNX's QuantizeLinear, which saturates, and DequantizeLinear."""
-    steps = values / scale.scale
-    if scale.dtype == ir.DataType.INT8:
-        return steps.round().clamp(-128, 127) * scale.scale
-    assert scale.dtype == ir.DataType.FLOAT8E4M3FN, scale
-    largest = torch.finfo(torch.float8_e4m3fn).max
-    return steps.clamp(-largest, largest).to(torch.float8_e4m3fn).float() * scale.scale
-
-
-def _rounding(scale: InputScale) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], torch.Tensor]:
-    return lambda _module, inputs: rounded(inputs[0], scale)

@@ -15,6 +15,7 @@ from llama_export.optimize.formats import Format
 from llama_export.optimize.plan import column_orders, plan_formats
 from llama_export.optimize.policy import ORT, TENSORRT, TENSORRT_8, TENSORRT_RTX
 from llama_export.optimize.tensors import SourceTensor
+from llama_export.optimize.trt.linear import InputScale
 from llama_export.progress import Silent
 from transformers import PreTrainedConfig
 
@@ -24,16 +25,24 @@ _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def lower_to(
-    dialect: str, graph: ir.Model, config: PreTrainedConfig, tensors: Mapping[str, SourceTensor], precision: str
+    dialect: str,
+    graph: ir.Model,
+    config: PreTrainedConfig,
+    tensors: Mapping[str, SourceTensor],
+    precision: str,
+    *,
+    formats: dict[str, Format] | None = None,
+    inputs: Mapping[str, InputScale] | None = None,
 ) -> dict[str, Format]:
-    """Lower a canonical graph of a context of 64; return the formats."""
-    formats = plan_formats(tensors, precision, policy=POLICIES[dialect] if precision.startswith("int") else ORT)
+    """Lower a canonical graph of a context of 64; return the formats. inputs: how what projections read is rounded."""
+    policy = POLICIES[dialect] if precision.startswith("int") else ORT
+    formats, inputs = formats or plan_formats(tensors, precision, policy=policy), inputs or {}
     rotary, orders = rotary_tables(config, 64), column_orders(tensors, formats)
     if dialect == "trt":
-        trt.lower(graph, trt.TrtOptions(formats, rotary, orders))
+        trt.lower(graph, trt.TrtOptions(formats, rotary, orders, inputs))
     else:
         opset = int(dialect.removeprefix("primitive-"))
-        primitive.lower(graph, primitive.PrimitiveOptions(formats, rotary, opset, orders))
+        primitive.lower(graph, primitive.PrimitiveOptions(formats, rotary, opset, orders, inputs))
     return formats
 
 
