@@ -143,7 +143,7 @@ def notes(one: Assessment) -> Iterator[str]:
     """What else to know, in whole sentences."""
     if one.made.on_cpu:
         yield "No speed is predicted for a CPU, where arithmetic decides as much as bandwidth: build, and measure it."
-    elif not one.speeds or one.speeds[0].decode is None:
+    elif one.speeds and one.speeds[0].decode is None:
         yield f"No speed is predicted, since the catalogue knows no bandwidth of {one.target.name}: name a device."
     else:
         yield from _speed_notes(one)

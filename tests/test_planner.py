@@ -165,6 +165,11 @@ def test_a_fixed_cache_is_read_whole_and_a_growing_one_as_far_as_it_is_filled(di
     assert (long.speeds[0].decode.high < short.speeds[0].decode.high) == (dialect == "trt")
 
 
+def test_what_does_not_fit_is_not_said_to_lack_a_bandwidth() -> None:
+    assert not [note for note in notes(plan("llama-3.1-8b", "jetson-orin-nano-8gb")) if "bandwidth" in note]
+    assert [note for note in notes(plan("llama-3.2-1b", "rtx")) if "bandwidth" in note]
+
+
 def test_a_fixed_cache_is_of_usual_length_where_nothing_is_asked_for() -> None:
     found = plan("llama-3.1-8b", "dgx-spark")
     assert (found.context, found.largest) == (8192, 131_072)
