@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
+from .errors import LlamaExportError
 from .planning import BuildPlan
 from .progress import Progress
 from .runtime.bundle import DATA_FILE, MODULES, EngineRecord, Manifest
@@ -18,6 +20,19 @@ def engine_record(plan: BuildPlan) -> EngineRecord | None:
     """What the manifest says of engines before any is built; None for ONNX Runtime."""
     release = release_of(plan.target)
     return None if release is None else EngineRecord(MODULES[release.backend], release.version)
+
+
+def need_builder(plan: BuildPlan) -> None:
+    """Raise LlamaExportError where the engines are to be built here and the packages for it are not."""
+    release = release_of(plan.target)
+    if release is not None and release.ahead_of_time:
+        packages = (MODULES[release.backend], "polygraphy")
+        missing = [name for name in packages if importlib.util.find_spec(name) is None]
+        if missing:
+            raise LlamaExportError(
+                f"Building engines for {plan.target.name} needs packages that are not installed here "
+                f"({', '.join(missing)}): run `pip install 'llama-export[rtx]'`, or choose --backend onnxruntime."
+            )
 
 
 def write_engines(

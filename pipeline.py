@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from . import __version__, dialects
 from .build_options import BuildOptions
 from .build_report import BuildReport
-from .engines import engine_record, write_engines
+from .engines import engine_record, need_builder, write_engines
 from .export.config import model_notes, stretch_note, transformers_config
 from .export.destination import check_destination, require_space, staged
 from .export.families import FAMILIES
@@ -86,7 +86,9 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildRepor
     target = choose(load_target(options.target), jetpack=options.jetpack, backend=options.backend)
     place = check_destination(options.output, force=options.force)
     clock.stage("open", f"Opening {options.model}")
-    plan, inputs = _calibrated(plan_build(options, target, progress), clock, progress)
+    plan = plan_build(options, target, progress)
+    need_builder(plan)
+    plan, inputs = _calibrated(plan, clock, progress)
     require_space(place.parent, plan.stored + _BESIDE_WEIGHTS)
     for warning in (plan.context.warning, stretch_note(plan.source.config, plan.context.context)):
         if warning:

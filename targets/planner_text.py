@@ -145,7 +145,7 @@ def notes(one: Assessment) -> Iterator[str]:
         yield "No speed is predicted for a CPU, where arithmetic decides as much as bandwidth: build, and measure it."
     elif one.speeds and one.speeds[0].decode is None:
         yield f"No speed is predicted, since the catalogue knows no bandwidth of {one.target.name}: name a device."
-    else:
+    elif one.speeds:
         yield from _speed_notes(one)
     if one.target.shared_memory and one.loading_bytes > one.usable_bytes and one.verdict != DOES_NOT_FIT:
         yield (

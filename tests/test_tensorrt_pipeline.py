@@ -4,6 +4,7 @@ CPU with the very file that TensorRT gets.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,14 @@ def test_an_rtx_card_gets_an_engine_without_a_gpu(
     assert any(line.startswith("Engine of TensorRT-RTX 1.7") for line in made.lines())
     if target == "dgx-spark":
         assert any("unproven" in note for note in bundle.manifest.notes)
+
+
+def test_a_missing_builder_is_told_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "polygraphy" else found(name, *a))
+    with pytest.raises(LlamaExportError, match=r"\(polygraphy\): run `pip install 'llama-export\[rtx\]'`"):
+        make(tmp_path, "rtx-4090")
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_a_text_is_the_same_in_every_dialect(tmp_path: Path) -> None:
