@@ -23,8 +23,8 @@ def lower_attention(model: ir.Model) -> None:
     values: the queries of a group are stacked into [batch, kv_heads, group * sequence, head_dim].
 
     The softmax stays in the dtype of the activations. A Cast of the scores to float32 would keep TensorRT from fusing
-    (github.com/Stability-AI/stable-audio-3/pull/79 measured 4.3 times slower, for nothing). In which type its kernels add
-    up, no NVIDIA page was found that says; NaN from the fused one in float16 were reported at 65,536 keys
+    (github.com/Stability-AI/stable-audio-3/pull/79 measured 4.3 times slower, for nothing). In which type its kernels
+    add up, no NVIDIA page was found that says; NaN from the fused one in float16 were reported at 65,536 keys
     (github.com/tier4/autoware-ml#95). Not every release fuses: 8.6 was reported not to on Orin (NVIDIA/TensorRT#3575).
     """
     graph = model.graph
