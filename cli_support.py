@@ -170,11 +170,16 @@ def backend_options(function: _Function) -> _Function:
     return backend(engine_dir_option(function))
 
 
+def on_terminal() -> bool:
+    """Whether somebody can be asked, and can answer."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
 def offer_engine(path: Path, engine_dir: Path | None) -> None:
     """On a terminal, ask whether to build the engine that a bundle can have here and has not yet; building takes long,
     so it never begins unasked.
     """
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+    if not on_terminal():
         return
     from .runtime.bundle import open_bundle  # noqa: PLC0415
 
