@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from .errors import LlamaExportError
 from .optimize.plan import column_orders
 from .optimize.requirements import WINDOW_MINIMUM_ONNXRUNTIME
+from .runtime.bundle import CUDA_PROVIDER
 from .targets.tensorrt import Release, release_of
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def _lower_ort(
     adapted = {name for adapter in plan.beside for name in adapter.parts}
     level = SHIPPED_ACCURACY_LEVEL[plan.made.activations]
     orders = column_orders(plan.source.tensors, plan.formats)
-    lower(model, OrtOptions(plan.formats, rotary, level, orders, adapted))
+    recordable = CUDA_PROVIDER in plan.made.providers
+    lower(model, OrtOptions(plan.formats, rotary, level, orders, adapted, recordable))
 
 
 def _lower_trt(

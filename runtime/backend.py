@@ -7,6 +7,7 @@ Rewinding is therefore only a smaller length, and positions past it are overwrit
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from .threads import choose_threads
 
 
 class OnnxRuntimeBackend(SequenceBackend):
-    """A `Backend` on ONNX Runtime, CPU or CUDA as the manifest's first provider says."""
+    """A `Backend` on ONNX Runtime, CPU or CUDA as the manifest's first provider says; see also `cuda_backend`."""
 
     def __init__(
         self,
@@ -60,8 +61,8 @@ class OnnxRuntimeBackend(SequenceBackend):
         )
         self._ort = import_onnxruntime(manifest)
         self._device = DEVICES[manifest.provider]
-        with gathering():
-            self._session = open_session(bundle, read_graph(bundle) if model is None else model, self.threads)
+        self._bundle = bundle
+        self._session = self._open(read_graph(bundle) if model is None else model)
         self.name = engine_name(self._ort, manifest)
         self._ids = np.zeros((1, self._chunk), np.int64)
         self._mask = np.ones((1, self.capacity), np.int64)
@@ -69,8 +70,8 @@ class OnnxRuntimeBackend(SequenceBackend):
         self._logits_dtype = np.dtype("float16" if "float16" in self._session.get_outputs()[0].type else "float32")
         self._last = np.zeros((1, 1, self.vocab), self._logits_dtype)
         self._cache = self._make_cache(manifest.shape)
-        self._bundle = bundle
         self.matrices: Matrices = {}
+        self._adapter_values: dict[str, Any] = {}
         self._adapter_inputs = adapter_inputs(self._session)
         self._binding = self._bind()
         if self._adapter_inputs or adapter is not None:
@@ -85,8 +86,9 @@ class OnnxRuntimeBackend(SequenceBackend):
         inputs = self._adapter_inputs
         matrices = no_adapter(inputs, dtype) if name is None else load_adapter(self._bundle, name, inputs)
         make = self._ort.OrtValue.ortvalue_from_numpy
-        for input_name, matrix in matrices.items():
-            self._binding.bind_ortvalue_input(input_name, make(matrix, self._device, 0))
+        self._adapter_values = {input_name: make(matrix, self._device, 0) for input_name, matrix in matrices.items()}
+        for input_name, value in self._adapter_values.items():
+            self._binding.bind_ortvalue_input(input_name, value)
         self.matrices = matrices  # on the CPU the bound values share their memory
         self.length = 0
 
@@ -123,6 +125,14 @@ class OnnxRuntimeBackend(SequenceBackend):
         except Exception as error:
             raise one_sentence(self._ort, "cannot run the model", error) from error
         self.length = total  # only now: an interrupted run leaves the sequence as it was
+
+    def _open(self, graph: bytes) -> Any:
+        """Load the graph and return its session."""
+        return self._open_session(graph)
+
+    def _open_session(self, graph: bytes, provider_options: Mapping[str, str] | None = None) -> Any:
+        with gathering():
+            return open_session(self._bundle, graph, self.threads, provider_options=provider_options)
 
     def _bind(self) -> Any:
         binding = self._session.io_binding()

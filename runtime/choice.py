@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import LlamaExportError, UsageError, did_you_mean
 from .backend import OnnxRuntimeBackend
-from .bundle import BACKENDS, ONNXRUNTIME, Bundle
+from .bundle import BACKENDS, CUDA_PROVIDER, ONNXRUNTIME, Bundle
+from .cuda_backend import CudaBackend
 from .executor import StepBackend
 from .ort_executors import onnxruntime_executor
 from .sequence import Backend
@@ -80,6 +81,9 @@ def open_backend(
                 raise
             choice = _fallback(bundle, str(error))
     if bundle.manifest.dialect == "ort":
+        if bundle.manifest.provider == CUDA_PROVIDER:
+            on_gpu = CudaBackend(bundle, threads=threads, capacity=capacity, adapter=adapter)
+            return Opened(on_gpu, choice.note or on_gpu.note)
         return Opened(OnnxRuntimeBackend(bundle, threads=threads, capacity=capacity, adapter=adapter), choice.note)
     backend = StepBackend(bundle, onnxruntime_executor(bundle, threads=threads), capacity=capacity)
     backend.use_adapter(adapter)

@@ -51,7 +51,7 @@ def import_onnxruntime(manifest: Manifest) -> Any:
         onnxruntime.disable_telemetry_events()
     except ModuleNotFoundError as error:
         raise LlamaExportError(
-            f"ONNX Runtime cannot be imported ({error}); install it with `pip install 'llama-export[cpu]'`, "
+            f'ONNX Runtime cannot be imported ({error}); install it with `pip install "llama-export[cpu]"`, '
             "or [gpu] for CUDA."
         ) from error
     except Exception as error:  # a broken installation raises what its parts raise
@@ -75,13 +75,20 @@ def engine_name(ort: Any, manifest: Manifest) -> str:
     return f"onnxruntime {ort.__version__} {DEVICES[manifest.provider]}"
 
 
-def open_session(bundle: Bundle, graph: bytes, threads: int, *, exact: bool = False) -> Any:
+def open_session(
+    bundle: Bundle,
+    graph: bytes,
+    threads: int,
+    *,
+    exact: bool = False,
+    provider_options: Mapping[str, str] | None = None,
+) -> Any:
     """Load `graph`, the bundle's own or another one for the same weights, and return its session.
 
-    exact: with kernels that compute in full precision, instead of those that ship. A graph for TensorRT is changed in
-    memory where this processor needs it, see `cpu_graph`. Raises LlamaExportError as `import_onnxruntime` does, when a
-    weight lies outside of the bundle's data file, and when ONNX Runtime cannot load the graph or its inputs do not fit
-    the manifest.
+    exact: with kernels that compute in full precision, instead of those that ship. provider_options: of the bundle's
+    first provider. A graph for TensorRT is changed in memory where this processor needs it, see `cpu_graph`. Raises
+    LlamaExportError as `import_onnxruntime` does, when a weight lies outside of the bundle's data file, and when ONNX
+    Runtime cannot load the graph or its inputs do not fit the manifest.
     """
     ort, provider = import_onnxruntime(bundle.manifest), bundle.manifest.provider
     weights = weight_places(bundle, graph)
@@ -97,8 +104,12 @@ def open_session(bundle: Bundle, graph: bytes, threads: int, *, exact: bool = Fa
     # Of the products that ONNX Runtime itself makes of DequantizeLinear and MatMul; 4 is its own default.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0" if exact else "4")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
+    providers = [
+        (name, dict(provider_options)) if provider_options and name == provider else name
+        for name in bundle.manifest.providers or (provider,)
+    ]
     try:
-        session = ort.InferenceSession(graph, options, providers=list(bundle.manifest.providers) or [provider])
+        session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
     except Exception as error:
         raise one_sentence(ort, f"cannot load the model of {bundle.path}", error) from error
     if provider not in session.get_providers():

@@ -34,6 +34,7 @@ class OrtOptions:
     """formats: how each checkpoint tensor is stored. rotary: tables of cos and sin [context, head_dim / 2].
     accuracy_level: MatMulNBits' (4: int8 activations; 0: as the inputs). orders: by checkpoint tensor, the order of its
     stored columns where that is not the natural one. adapted: weights that adapters are added to at run time.
+    recordable: so that ONNX Runtime can record a step as a CUDA graph.
     """
 
     formats: Mapping[str, Format]
@@ -41,6 +42,7 @@ class OrtOptions:
     accuracy_level: int
     orders: Mapping[str, Int64] = field(default_factory=dict)
     adapted: Collection[str] = ()
+    recordable: bool = False
 
 
 def lower(model: ir.Model, options: OrtOptions) -> None:
@@ -49,7 +51,7 @@ def lower(model: ir.Model, options: OrtOptions) -> None:
     order_inputs(model, options.orders)
     pack_linears(model, options.formats)
     pack_qkv(model)
-    keep_last_positions(model)
+    keep_last_positions(model, recordable=options.recordable)
     add_low_rank(model, options.adapted)
     lower_norms(model)
     lower_linears(model, options.formats, options.accuracy_level)

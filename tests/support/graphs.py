@@ -151,11 +151,14 @@ def lowered(
     precision: str,
     context: int = 64,
     accuracy_level: int = 0,
+    recordable: bool = False,
 ) -> dict[str, Format]:
     """Lower to the `ort` dialect and write the files into `folder`; return the formats."""
     formats = plan_formats(tensors, precision)
+    orders = column_orders(tensors, formats)
     lower(
-        canonical, OrtOptions(formats, rotary_tables(config, context), accuracy_level, column_orders(tensors, formats))
+        canonical,
+        OrtOptions(formats, rotary_tables(config, context), accuracy_level, orders, recordable=recordable),
     )
     layout = lay_out(canonical)
     write_data(canonical, layout, tensors, folder, Silent(), threads=2)
