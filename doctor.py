@@ -127,10 +127,10 @@ def _build_verdict(found: Surroundings) -> Finding:
         )
     missing = [str(package) for package in found.packages.get("build", ()) if not package.fits]
     if missing:
-        return Finding(False, f"build: {', '.join(missing)}", "pip install 'llama-export[build,cpu]'")
+        return Finding(False, f"build: {', '.join(missing)}", 'pip install "llama-export[build,cpu]"')
     if found.onnxruntime.version is None:
         return Finding(
-            False, "build: it runs the model once, which needs onnxruntime", "pip install 'llama-export[cpu]'"
+            False, "build: it runs the model once, which needs onnxruntime", 'pip install "llama-export[cpu]"'
         )
     untested = "" if found.python[:2] <= newest else f" (Python {version} is newer than what is tested)"
     return Finding(True, f"build bundles{untested}")
@@ -140,9 +140,9 @@ def _run_verdicts(found: Surroundings) -> list[Finding]:
     runtime = found.onnxruntime
     missing = [str(package) for package in found.packages.get(BASE, ()) if not package.fits]
     if missing:
-        return [Finding(False, f"run and verify: {', '.join(missing)}", "pip install 'llama-export[cpu]'")]
+        return [Finding(False, f"run and verify: {', '.join(missing)}", 'pip install "llama-export[cpu]"')]
     if runtime.version is None:
-        return [Finding(False, f"run and verify: {runtime.error}", "pip install 'llama-export[cpu]'")]
+        return [Finding(False, f"run and verify: {runtime.error}", 'pip install "llama-export[cpu]"')]
     verdicts = [Finding(True, f"run and verify bundles on the CPU, with {found.cores} threads")]
     if CUDA_PROVIDER in runtime.providers:
         verdicts.append(Finding(True, "run bundles for CUDA"))
@@ -159,7 +159,7 @@ def _run_verdicts(found: Surroundings) -> list[Finding]:
             Finding(
                 False,
                 "run on the GPU: this onnxruntime has no CUDA provider",
-                "pip uninstall -y onnxruntime && pip install 'llama-export[gpu]'",
+                'pip uninstall -y onnxruntime && pip install "llama-export[gpu]"',
             )
         )
     return verdicts

@@ -63,7 +63,7 @@ def _build(job: dict[str, Any], stop: threading.Event, tell: Any) -> dict[str, A
     if find_spec("polygraphy") is None:
         extra = "rtx" if recipe.module == MODULES[TENSORRT_RTX] else "tensorrt"
         raise LlamaExportError(
-            f"Building engines needs polygraphy, which is not installed: run `pip install 'llama-export[{extra}]'`."
+            f'Building engines needs polygraphy, which is not installed: run `pip install "llama-export[{extra}]"`.'
         )
     from .engine import BuildStopped, build_plan  # noqa: PLC0415  # loads TensorRT
     from .engine_log import Phases  # noqa: PLC0415

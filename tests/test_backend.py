@@ -228,7 +228,7 @@ def test_what_cannot_run_here_says_so_before_it_is_loaded(
 
 def test_without_onnxruntime(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(LlamaExportError, match=r"pip install 'llama-export\[cpu\]'"):
+    with pytest.raises(LlamaExportError, match=r'pip install "llama-export\[cpu\]"'):
         OnnxRuntimeBackend(bundle)
 
 

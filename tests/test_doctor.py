@@ -69,13 +69,13 @@ def test_missing_and_old_build_packages_are_named() -> None:
     build = (Package("torch", ">=2.13", None), Package("onnx", ">=1.19", "1.18.0"), Package("gguf", ">=0.17", "0.17"))
     said, todo = judged(packages={"build": build})
     assert said[0] == "no build: torch missing, onnx 1.18.0 too old (needs >=1.19)"
-    assert todo == ["pip install 'llama-export[build,cpu]'"]
+    assert todo == ['pip install "llama-export[build,cpu]"']
 
 
 def test_without_onnxruntime_nothing_runs() -> None:
     said, todo = judged(onnxruntime=OnnxRuntime(None, (), "onnxruntime is not installed"))
     assert said[1] == "no run and verify: onnxruntime is not installed"
-    assert todo == ["pip install 'llama-export[cpu]'"] * 2
+    assert todo == ['pip install "llama-export[cpu]"'] * 2
 
 
 def test_both_onnxruntimes_are_a_fault_with_a_fix() -> None:
@@ -91,7 +91,7 @@ def test_a_gpu_that_onnxruntime_cannot_use_is_told() -> None:
     with_gpu = replace(MACHINE, gpus=(L4,), nvidia_driver=L4.driver)
     said, todo = judged(machine=with_gpu)
     assert "no run on the GPU: this onnxruntime has no CUDA provider" in said
-    assert todo == ["pip uninstall -y onnxruntime && pip install 'llama-export[gpu]'"]
+    assert todo == ['pip uninstall -y onnxruntime && pip install "llama-export[gpu]"']
     cuda = OnnxRuntime("1.32.0", ("CUDAExecutionProvider", "CPUExecutionProvider"))
     assert judged(machine=with_gpu, onnxruntime=cuda)[0][-1] == "ok run bundles for CUDA"
     text = "\n".join(doctor.lines(replace(HEALTHY, machine=with_gpu)))

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from llama_export.cli import main
 from llama_export.errors import LlamaExportError
 from llama_export.progress import Silent
+from llama_export.runtime import files
 from llama_export.runtime.bundle import RECIPE_FILE, Bundle, open_bundle, seal
 from llama_export.runtime.recipe import read_recipe
 from llama_export.runtime.tensorrt import EngineFile, engine_label, find_engine
@@ -104,6 +105,23 @@ def test_a_rebuild_that_fails_leaves_the_engine_that_was_there(bundle: Bundle, j
     with pytest.raises(LlamaExportError):
         make(bundle, refuse, force=True)
     assert find_engine(bundle) == made.file
+
+
+def test_an_engine_that_is_open_on_windows_is_kept(
+    bundle: Bundle, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make(bundle)
+    before = made.file.path.read_bytes()
+
+    def denied(part: Path, path: Path) -> Path:
+        raise PermissionError(13, "Access is denied", str(part), 5, str(path))
+
+    monkeypatch.setattr(files, "WINDOWS", True)
+    monkeypatch.setattr(Path, "replace", denied)
+    with pytest.raises(LlamaExportError, match=r"engine\.plan cannot be replaced, as a program has it"):
+        make(bundle, force=True)
+    assert made.file.path.read_bytes() == before
+    assert not list(made.file.path.parent.glob("*.part"))
 
 
 def test_an_interrupted_build_leaves_nothing(

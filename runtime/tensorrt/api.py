@@ -22,13 +22,17 @@ TensorRT before 10.0 has no INT64: its parser makes int64 inputs INT32 (TensorRT
 INSTALL: Mapping[str, str] = {
     "tensorrt": "on a Jetson it comes with JetPack (`sudo apt install python3-libnvinfer`, and a virtual environment "
     "made with --system-site-packages), elsewhere `pip install tensorrt`",
-    "tensorrt_rtx": "`pip install 'llama-export[rtx]'`",
+    "tensorrt_rtx": '`pip install "llama-export[rtx]"`',
 }
 PRODUCTS: Mapping[str, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 
 
 def import_module(name: str) -> Any:
-    """The module `tensorrt` or `tensorrt_rtx`. Raises LlamaExportError saying how to install it."""
+    """The module `tensorrt` or `tensorrt_rtx`. Raises LlamaExportError saying how to install it.
+
+    Nothing is added to where Windows looks for DLLs: the wheels of tensorrt_rtx load their own by full paths
+    (`tensorrt_rtx_libs`), and cuda-bindings holds the CUDA runtime and finds the driver's library in the system.
+    """
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
