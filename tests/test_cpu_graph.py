@@ -173,3 +173,44 @@ def test_other_inputs_leave_all_else() -> None:
     assert (changed.op, changed.outputs, changed.attributes) == (node.op, node.outputs, node.attributes)
     assert b"floats" in changed.encoded
     assert Node("Neg", ("a",), ("b",)).taking(["c"]).encode() == Node("Neg", ("c",), ("b",)).encode()
+
+
+def product(folder: Path, scale_dtype: str, bits: int = 4) -> bytes:
+    """x @ DequantizeLinear(codes [COLUMNS, ROWS + 1] in blocks along the columns)."""
+    rng = np.random.default_rng(bits)
+    rows, limit = ROWS + 1, 1 << bits - 1
+    codes = rng.integers(-limit, limit, (COLUMNS, rows)).astype(np.int8)
+    stored = codes if bits == 8 else (codes[:, ::2] & 15 | codes[:, 1::2] << 4).astype(np.int8).view(np.uint8)
+    scales = rng.uniform(0.001, 0.1, (COLUMNS // BLOCK, rows)).astype(scale_dtype)
+    (folder / DATA).write_bytes(stored.tobytes() + scales.tobytes())
+    tensors = [
+        onnx.tensor("codes", stored, (DATA, 0), packed=(COLUMNS, rows) if bits == 4 else ()),
+        onnx.tensor("scales", scales, (DATA, stored.nbytes)),
+    ]
+    nodes = [
+        onnx.node("DequantizeLinear", ["codes", "scales"], ["w"], attributes={"axis": 0, "block_size": BLOCK}),
+        onnx.node("MatMul", ["x", "w"], ["y"]),
+        onnx.node("MatMul", ["x", "w"], ["z"]),
+    ]
+    outputs = [onnx.value_info(name, scale_dtype, ["batch", rows]) for name in ("y", "z")]
+    return onnx.model(nodes, tensors, [onnx.value_info("x", scale_dtype, ["batch", COLUMNS])], outputs)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_products_in_float16_are_computed_in_float32(bits: int, tmp_path: Path) -> None:
+    graph = product(tmp_path, "float16", bits)
+    weights = external_initializers(graph, (tmp_path / DATA).stat().st_size)
+    changed = for_cpu(graph, weights, exact=False)
+    ops = [node.op for node in read_nodes(changed)]
+    assert ops == ["Cast", "DequantizeLinear", "Cast", "MatMul", "Cast", "MatMul", "Cast"]
+    x = np.random.default_rng(3).standard_normal((5, COLUMNS)).astype(np.float16)
+    before, after = (run(one, tmp_path, {"x": x}, plain=True) for one in (graph, changed))
+    for one, other in zip(before, after, strict=True):
+        assert other.dtype == np.float16
+        assert np.abs(one.astype(np.float32) - other).max() < 0.01 * np.abs(one).max()
+
+
+def test_products_in_float32_stay_as_they_are(tmp_path: Path) -> None:
+    graph = product(tmp_path, "float32")
+    weights = external_initializers(graph, (tmp_path / DATA).stat().st_size)
+    assert for_cpu(graph, weights, exact=False) == graph
