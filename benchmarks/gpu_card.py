@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import statistics
@@ -92,7 +93,7 @@ def try_tensorrt_rtx() -> dict[str, str]:
 def tiny_engine() -> dict[str, str]:
     """Steps of making and running y = x + x with TensorRT-RTX; the last one reached is the outcome."""
     try:
-        import tensorrt_rtx as trt  # noqa: PLC0415 (optional)
+        trt = importlib.import_module("tensorrt_rtx")
     except ImportError as error:
         return {"outcome": f"not importable: {error}"}
     said = {"version": str(trt.__version__)}

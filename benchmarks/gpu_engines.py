@@ -68,7 +68,7 @@ class Transformers:
     def __init__(self, folder: Path, device: str, positions: int, *, compiled: bool) -> None:
         self.device = device
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=HALF[device]).eval()
-        self.model = model.to(device)  # type: ignore[arg-type]
+        self.model = model.to(device)
         self.length = 0
         self.static = StaticCache(config=self.model.config, max_cache_len=positions) if compiled else None
         self.cache: Any = None
