@@ -191,6 +191,36 @@ def test_a_mask_of_the_whole_cache_gives_the_very_same_logits(tmp_path: Path) ->
             assert np.array_equal(constant._last[0, 0], expected), position
 
 
+def test_each_adapter_has_a_recording_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft", reason="adapters are made with peft")
+    from llama_export.build_options import RUNTIME, BuildOptions
+    from llama_export.pipeline import build
+    from llama_export.runtime.bundle import open_bundle
+    from support.adapters import write_adapter
+    from support.hf_models import write_llama_folder
+
+    model = write_llama_folder(tmp_path / "llama")
+    adapters = [write_adapter(model, tmp_path / name, seed=seed, size=0.5) for seed, name in enumerate(("one", "two"))]
+    texts, folder = tuple(map(str, adapters)), tmp_path / "bundle"
+    build(BuildOptions(str(model), "cuda", folder, adapters=texts, adapter_mode=RUNTIME, reference=False))
+    fake = FakeOrt()
+    monkeypatch.setitem(sys.modules, "onnxruntime", fake)
+    replayed = CudaBackend(open_bundle(folder), threads=1, adapter="one")
+    plain = OnnxRuntimeBackend(open_bundle(folder), threads=1, adapter="one")
+    rows = []
+    for name in ("one", None, "two", "one"):
+        for backend in (replayed, plain):
+            backend.use_adapter(name)
+            backend.extend(IDS[:5])
+            rows.append(backend.step(7).copy())
+        assert np.array_equal(rows[-1], rows[-2])
+    assert replayed.note is None
+    assert not np.array_equal(rows[0], rows[2])
+    assert np.array_equal(rows[0], rows[6])
+    assert {graph_id for graph_id, how in fake.runs if how == "recorded"} == {1, 2, 3}
+    assert [graph_id for graph_id, how in fake.runs if how == "replayed"] == [1, 2, 3, 1]
+
+
 @pytest.mark.gpu
 def test_texts_on_a_gpu_are_those_of_the_cpu(tmp_path: Path) -> None:
     if CUDA not in onnxruntime.get_available_providers():

@@ -14,7 +14,6 @@ from onnxruntime import ExecutionMode, SessionOptions
 
 CUDA = "CUDAExecutionProvider"
 __version__ = onnxruntime.__version__
-__all__ = ["ExecutionMode", "FakeOrt", "SessionOptions"]
 
 
 class OrtValue:
