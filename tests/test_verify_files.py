@@ -69,7 +69,7 @@ def test_the_verdict_is_shown_even_where_it_cannot_be_written(bundle: Bundle, tm
 def test_another_dialect_is_told_before_anything_is_read(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle")
     damage(bundle)
-    manifest = bundle / "manifest.json"
+    manifest = bundle.path / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"dialect": "ort"', '"dialect": "trt"'))
     assert "backend 'onnxruntime' must be one that takes the dialect 'trt'" in verify(bundle).stderr
 
