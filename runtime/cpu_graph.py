@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from ..errors import LlamaExportError
+from .bundle import GRAPH_FILE
 from .onnx_file import Initializer
 from .onnx_nodes import Node, read_nodes, with_nodes, with_type
 from .recipe import POSITIONS
@@ -25,7 +27,8 @@ Pass = Callable[[Sequence[Node], Mapping[str, Initializer]], Iterable[Node]]
 def for_cpu(graph: bytes, weights: Mapping[str, Initializer], *, exact: bool) -> bytes:
     """The graph as it runs best on this processor; the same bytes where nothing is to be changed.
 
-    weights: the initializers that lie in the data file. exact: without the quantisation of activations.
+    weights: the initializers that lie in the data file. exact: without the quantisation of activations. Raises
+    LlamaExportError when a node is not as its operator needs it.
     """
     before = read_nodes(graph)
     nodes: Sequence[Node] = before
@@ -36,12 +39,18 @@ def for_cpu(graph: bytes, weights: Mapping[str, Initializer], *, exact: bool) ->
         *((plain_activations,) if exact else ()),
         wide_products,
     )
-    for change in passes:
-        nodes = list(change(nodes, weights))
-    if nodes == before:
-        return graph
-    fours = {name for name, weight in weights.items() if weight.dtype == "float4e2m1"}
-    return with_type(with_nodes(graph, nodes, _OPSETS), fours, _UINT4)
+    try:
+        for change in passes:
+            nodes = list(change(nodes, weights))
+        if nodes == before:
+            return graph
+        fours = {name for name, weight in weights.items() if weight.dtype == "float4e2m1"}
+        return with_type(with_nodes(graph, nodes, _OPSETS), fours, _UINT4)
+    except (LookupError, ValueError, ArithmeticError) as error:  # whichever pass comes upon it first
+        raise LlamaExportError(
+            f"{GRAPH_FILE} has a node whose inputs, outputs or attributes do not fit its operator; copy or build the "
+            "bundle again."
+        ) from error
 
 
 def rounds_activations(graph: bytes) -> bool:
@@ -55,7 +64,10 @@ def rows_before_values(nodes: Sequence[Node], weights: Mapping[str, Initializer]
     tables = {
         node.outputs[0]: node
         for node in nodes
-        if node.op == "DequantizeLinear" and node.inputs[0] in weights and _only_looked_up(uses[node.outputs[0]])
+        if node.op == "DequantizeLinear"
+        and node.inputs[0] in weights
+        and node.attributes.get("axis", 1) in (1, -1)  # along rows; any other is left to ONNX Runtime
+        and _only_looked_up(uses[node.outputs[0]])
     }
     for node in nodes:
         table = tables.get(node.inputs[0]) if node.op == "Gather" else None
@@ -101,6 +113,8 @@ def looked_up_fours(nodes: Sequence[Node], weights: Mapping[str, Initializer]) -
             continue
         (columns, rows), block, name = codes.shape, node.attributes["block_size"], node.outputs[0]
         assert isinstance(block, int)
+        if node.attributes.get("axis", 1) not in (0, -2) or columns % block:
+            raise ValueError(f"blocks of {block} in {codes.shape}")
         parts = {part: f"{name}/{part}" for part in ("table", "index", "values", "blocks", "axis", "scales", "product")}
         blocked, whole = f"{name}/blocked", f"{name}/whole"
         yield Node("Constant", (), (parts["table"],), attributes={"value_floats": E2M1})
@@ -119,11 +133,16 @@ def plain_activations(nodes: Sequence[Node], weights: Mapping[str, Initializer])
     """Leave activations as they are where the graph rounds them to 8 bits and back."""
     uses = _uses(nodes)
     rounded = {node.outputs[0]: node for node in nodes if node.op == "QuantizeLinear"}
+
+    def undone(use: Node, source: Node) -> bool:
+        """Whether it brings the codes back to where they came from: by the same scale."""
+        return use.op == "DequantizeLinear" and use.inputs[1:] == source.inputs[1:]
+
     for node in nodes:
         source = rounded.get(node.inputs[0]) if node.op == "DequantizeLinear" else None
-        if source is not None:
+        if source is not None and undone(node, source):
             yield Node("Identity", (source.inputs[0],), node.outputs)
-        elif node.op != "QuantizeLinear" or any(use.op != "DequantizeLinear" for use in uses[node.outputs[0]]):
+        elif node.op != "QuantizeLinear" or not all(undone(use, node) for use in uses[node.outputs[0]]):
             yield node
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from llama_export.errors import LlamaExportError
 from llama_export.runtime.cpu_graph import for_cpu, rounds_activations
 from llama_export.runtime.onnx_file import external_initializers
 from llama_export.runtime.onnx_nodes import Node, read_nodes, with_nodes
@@ -102,6 +103,46 @@ def test_only_the_proof_leaves_out_the_rounding_of_activations(reused: bool, tmp
     np.testing.assert_array_equal(run(exact, tmp_path, {"x": x})[0], x * 2)
     assert [*run(graph, tmp_path, {"x": x})[0]] == [1.0, -2.0, 80.0]
     assert rounds_activations(exact) == reused
+
+
+def test_the_proof_keeps_a_rounding_that_is_undone_by_another_scale(tmp_path: Path) -> None:
+    graph = rounded(reused=False)
+    nodes = [
+        node.taking(["codes", "two", "zero"]) if node.op == "DequantizeLinear" else node for node in read_nodes(graph)
+    ]
+    changed = with_nodes(graph, nodes, {})
+    assert for_cpu(changed, {}, exact=True) == changed
+
+
+def test_a_table_dequantised_along_another_axis_is_left_to_onnxruntime(tmp_path: Path) -> None:
+    """Or the proof would be of blocks along rows, whatever the file says."""
+    graph = table(tmp_path, 8, "float32").replace(onnx.attribute("axis", 1), onnx.attribute("axis", 0))
+    weights = external_initializers(graph, (tmp_path / DATA).stat().st_size)
+    assert [node.attributes["axis"] for node in read_nodes(graph)[:1]] == [0]
+    assert for_cpu(graph, weights, exact=True) == graph
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs", "outputs", "attributes"),
+    [
+        ("DequantizeLinear", [], ["w"], {}),
+        ("DequantizeLinear", ["codes"], ["w"], {"axis": 0, "block_size": 16}),
+        ("DequantizeLinear", ["codes", "scales"], ["w"], {"axis": 0}),
+        ("DequantizeLinear", ["codes", "scales"], ["w"], {"axis": 0, "block_size": 0}),
+        ("DequantizeLinear", ["codes", "scales"], ["w"], {"axis": 0, "block_size": 12}),
+        ("DequantizeLinear", ["codes", "scales"], ["w"], {"axis": 1, "block_size": 16}),
+        ("Gather", [], ["w"], {}),
+        ("MatMul", ["x"], ["w"], {}),
+    ],
+)
+def test_a_node_that_does_not_fit_its_operator(
+    op: str, inputs: list[str], outputs: list[str], attributes: dict[str, int]
+) -> None:
+    codes = onnx.tensor("codes", np.zeros(96, np.uint8), (DATA, 0), packed=(32, 6), kind="float4e2m1")
+    last = onnx.node("MatMul", ["x", "w"], ["y"])
+    graph = onnx.model([onnx.node(op, inputs, outputs, attributes=attributes), last], [codes], [], [], 23)
+    with pytest.raises(LlamaExportError, match="has a node whose inputs, outputs or attributes do not fit"):
+        for_cpu(graph, external_initializers(graph, 96), exact=True)
 
 
 def test_values_of_4_bit_floats_are_exact(tmp_path: Path) -> None:
