@@ -27,6 +27,8 @@ FLAGS = ("FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRA
 
 _CAPABILITY = re.compile(r"[0-9]{1,2}\.[0-9]")
 _MOST_BYTES = 1 << 20
+_MOST_MEMORY = 1 << 50
+"""More than any device has; what is much larger fits no number of the builder's."""
 _USUAL_PAST = 1024
 
 
@@ -105,8 +107,9 @@ def _problems(recipe: Recipe, bundle: Bundle) -> Iterator[str]:
     for capability in recipe.compute_capability:
         if not _CAPABILITY.fullmatch(capability):
             yield f"compute_capability has {capability!r} where one such as 8.7 should be"
-    if recipe.workspace_bytes < 0 or recipe.build_memory_bytes < 0:
-        yield "sizes must not be negative"
+    for name in ("workspace_bytes", "build_memory_bytes"):
+        if not 0 <= getattr(recipe, name) <= _MOST_MEMORY:
+            yield f"{name} must be from 0 to {_MOST_MEMORY}"
 
 
 def profiles_of(dialect: str, shape: Shape, limits: Limits) -> tuple[Profile, ...]:
