@@ -27,6 +27,7 @@ LEAST: Mapping[str, str] = {"ort": "1.23.2", "trt": "1.25.0", "trt-primitive": "
 """The oldest onnxruntime that runs each dialect: TensorScatter of opset 24 came with 1.25.0."""
 
 _MAX_GRAPH_BYTES = 256 << 20
+_LOGITS_RANK = 3
 _SILENT = 4  # ONNX Runtime's severity "fatal": its errors arrive as exceptions, its warnings are for builders
 
 
@@ -162,8 +163,8 @@ def _inputs(manifest: Manifest) -> dict[str, tuple[int | None, ...]]:
 
 
 def _check_signature(session: Any, manifest: Manifest) -> None:
-    """Raise LlamaExportError unless the graph has the inputs of its dialect in the manifest's sizes; those of adapters
-    are checked with each adapter.
+    """Raise LlamaExportError unless the graph has the inputs of its dialect in the manifest's sizes, and logits of its
+    vocabulary; inputs of adapters are checked with each adapter.
     """
     expected = _inputs(manifest)
     found = {value.name: value.shape for value in (*session.get_inputs(), *session.get_overridable_initializers())}
@@ -181,6 +182,12 @@ def _check_signature(session: Any, manifest: Manifest) -> None:
                 f"The graph does not fit its manifest: the input {name} should be {expected.get(name, 'absent')} "
                 f"and is {found.get(name, 'absent')}; build the bundle again."
             )
+    logits = next((value.shape for value in session.get_outputs() if value.name == "logits"), None)
+    if logits is None or len(logits) != _LOGITS_RANK or logits[-1] != manifest.shape.vocab:
+        raise LlamaExportError(
+            f"The graph does not fit its manifest: the output logits should be {(None, None, manifest.shape.vocab)} "
+            f"and is {logits or 'absent'}; build the bundle again."
+        )
 
 
 def _fits(dims: Sequence[object], expected: Sequence[int | None]) -> bool:

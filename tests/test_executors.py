@@ -233,6 +233,7 @@ def test_a_context_below_the_first_bucket(tmp_path_factory: pytest.TempPathFacto
     ("changes", "message"),
     [
         ({"layers": 3}, r"past_key_values\.2\.key should be .* and is absent"),
+        ({"vocab": 1 << 20}, r"the output logits should be \(None, None, 1048576\) and is \['batch', "),
         ({"kv_heads": 3}, r"past_key_values\.0\.key should be .*3.* and is \['batch', 2"),
     ],
 )
