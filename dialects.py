@@ -31,9 +31,7 @@ def lower(model: ir.Model, plan: BuildPlan, rotary: tuple[Float32, Float32], inp
     rotary: tables of cos and sin [context, head_dim / 2]. inputs: scales of what projections read, by weight, empty
     where that is not quantised.
     """
-    {"ort": _lower_ort, "trt": _lower_trt, "trt-primitive": _lower_primitive}[plan.made.dialect](
-        model, plan, rotary, inputs
-    )
+    (_lower_ort if plan.made.dialect == "ort" else _lower_tensorrt)(model, plan, rotary, inputs)
     release = release_of(plan.target)
     if release is not None:
         _refuse_unsupported(model, release)
@@ -64,22 +62,17 @@ def _lower_ort(
     lower(model, OrtOptions(plan.formats, rotary, level, orders, adapted, recordable))
 
 
-def _lower_trt(
+def _lower_tensorrt(
     model: ir.Model, plan: BuildPlan, rotary: tuple[Float32, Float32], inputs: Mapping[str, InputScale]
 ) -> None:
-    from .optimize.trt import TrtOptions, lower  # noqa: PLC0415
+    from .optimize import primitive, trt  # noqa: PLC0415
 
     orders = column_orders(plan.source.tensors, plan.formats)
-    lower(model, TrtOptions(plan.formats, rotary, orders, inputs))
-
-
-def _lower_primitive(
-    model: ir.Model, plan: BuildPlan, rotary: tuple[Float32, Float32], inputs: Mapping[str, InputScale]
-) -> None:
-    from .optimize.primitive import PrimitiveOptions, lower  # noqa: PLC0415
-
-    orders = column_orders(plan.source.tensors, plan.formats)
-    lower(model, PrimitiveOptions(plan.formats, rotary, plan.made.opset, orders, inputs))
+    options = trt.TrtOptions(plan.formats, rotary, orders, inputs)
+    if plan.made.dialect == "trt":
+        trt.lower(model, options)
+    else:
+        primitive.lower(model, options, plan.made.opset)
 
 
 def minimum_versions(plan: BuildPlan) -> dict[str, str]:

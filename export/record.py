@@ -15,9 +15,9 @@ from ..errors import LlamaExportError
 from ..optimize.formats import Format
 from ..optimize.graph import ORDER as ORDER_PREFIX
 from ..optimize.graph import ROTARY_TABLES
-from ..optimize.ort.order_inputs import order_name
 from ..optimize.plan import column_orders
 from ..optimize.quantise import dense_format
+from ..optimize.shared.order_inputs import order_name
 from ..optimize.tensors import Float32
 from ..progress import Progress
 from ..runtime.batch import BatchReplay

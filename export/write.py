@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from ..optimize.formats import Format
 from ..optimize.graph import ORDER, activations_of
-from ..optimize.ort.order_inputs import order_name
+from ..optimize.shared.order_inputs import order_name
 from ..optimize.stored import Role, Stored, stored_of
 from ..optimize.tensors import SourceTensor
 from ..progress import Progress

@@ -270,9 +270,8 @@ def test_every_key_of_a_reference_is_explained() -> None:
 
 
 def test_every_pass_is_described() -> None:
-    files = [
-        path for folder in ("fuse", "ort", "primitive", "trt") for path in (ROOT / "optimize" / folder).glob("*.py")
-    ]
+    folders = ("fuse", "ort", "primitive", "shared", "trt")
+    files = [path for folder in folders for path in (ROOT / "optimize" / folder).glob("*.py")]
     passes = {path.relative_to(ROOT).as_posix() for path in files if path.name != "__init__.py"}
     told = {row[0].strip("`") for table in ("pass", "TensorRT pass") for row in rows_of(ARCHITECTURE, table)}
     assert told == passes | {"optimize/stamp.py"}

@@ -17,10 +17,10 @@ from llama_export.optimize.ort.attention import lower_attention
 from llama_export.optimize.ort.last_positions import keep_last_positions
 from llama_export.optimize.ort.linear import lower_linears
 from llama_export.optimize.ort.norms import lower_norms
-from llama_export.optimize.ort.pack_linears import pack_linears
 from llama_export.optimize.ort.pack_qkv import pack_qkv
 from llama_export.optimize.plan import plan_formats
 from llama_export.optimize.quantise import dequantise, quantise
+from llama_export.optimize.shared.pack_linears import pack_linears
 from llama_export.optimize.stored import stored_of
 from llama_export.optimize.tensors import Blocks, SourceTensor
 from support.graphs import (

@@ -49,7 +49,7 @@ def written(
     elif dialect == "trt":
         trt.lower(graph, trt.TrtOptions(formats, rotary, orders))
     else:
-        primitive.lower(graph, primitive.PrimitiveOptions(formats, rotary, opset, orders))
+        primitive.lower(graph, trt.TrtOptions(formats, rotary, orders), opset)
     laid = sum(region.size for region in lay_out(graph).regions.values())
     counted = weights_of(tensors, formats, dialect, opset, dtype.itemsize)
     return laid, counted

@@ -34,10 +34,10 @@ from llama_export.optimize.formats import (
     int_format,
     stored_bytes,
 )
-from llama_export.optimize.ort.pack_linears import pack_linears
 from llama_export.optimize.plan import plan_formats
 from llama_export.optimize.policy import ORT, TENSORRT, TENSORRT_8, TENSORRT_RTX
 from llama_export.optimize.quantise import converted, dequantise, quantise, round_scales, stored_values
+from llama_export.optimize.shared.pack_linears import pack_linears
 from llama_export.optimize.tensors import Blocks, SourceTensor
 from llama_export.optimize.trt.embedding import lower_embedding
 from llama_export.optimize.trt.linear import InputScale, lower_linears

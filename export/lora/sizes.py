@@ -13,7 +13,7 @@ _SAME_INPUT = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "q_k_v"),
     **dict.fromkeys(("gate_proj", "up_proj"), "mlp"),
 }
-"""Projections that become one product, with the ranks of all its parts (see `optimize.ort.pack_linears`)."""
+"""Projections that become one product, with the ranks of all its parts (see `optimize.shared.pack_linears`)."""
 
 
 def numbers_beside(adapter: Adapter, tensors: Mapping[str, SourceTensor]) -> int:

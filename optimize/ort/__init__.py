@@ -11,9 +11,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from ..formats import Format
+from ..graph import MICROSOFT
+from ..shared.finish import finish
+from ..shared.order_inputs import order_inputs
+from ..shared.pack_linears import pack_linears
 from ..tensors import Float32, Int64
 from .attention import lower_attention
 from .embedding import lower_embedding
@@ -21,12 +24,7 @@ from .last_positions import keep_last_positions
 from .linear import lower_linears
 from .low_rank import add_low_rank
 from .norms import lower_norms
-from .order_inputs import order_inputs
-from .pack_linears import pack_linears
 from .pack_qkv import pack_qkv
-from .vectors import lower_vectors
-
-MINIMUM_ONNXRUNTIME = "1.23.2"
 
 
 @dataclass(frozen=True)
@@ -56,10 +54,4 @@ def lower(model: ir.Model, options: OrtOptions) -> None:
     lower_norms(model)
     lower_linears(model, options.formats, options.accuracy_level)
     lower_embedding(model, options.formats)
-    common.CommonSubexpressionEliminationPass()(model)
-    common.RemoveUnusedNodesPass()(model)
-    lower_vectors(model)
-    common.TopologicalSortPass()(model)
-    model.graph.opset_imports.clear()
-    model.graph.opset_imports.update({"": 21, "com.microsoft": 1})
-    model.ir_version = 10
+    finish(model, {"": 21, MICROSOFT: 1}, ir_version=10)

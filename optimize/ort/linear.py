@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from ..dense import dense_weight
 from ..formats import Format
 from ..graph import Recorder, ints, sizes_of
-from ..quantise import DENSE
+from ..linears import Linear, linears_of
 from ..stored import Stored, parts_of, store
-from .pack_linears import Linear, linears_of
 
 
 def lower_linears(model: ir.Model, formats: Mapping[str, Format], accuracy_level: int) -> None:
@@ -68,20 +68,3 @@ def _quantised(graph: ir.Graph, record: Recorder, linear: Linear, format: Format
     shifted = shift("Add", product, shift.contrib("FusedMatMul", sums, offsets, transB=1))
     record.nodes += shift.nodes
     return shifted
-
-
-def dense_weight(graph: ir.Graph, record: Recorder, weight: ir.Value, format: Format) -> ir.Value:
-    """The weight stored in `format`, cast to the dtype that it has in the canonical graph, which is that of the
-    activations (ONNX Runtime folds the Cast when it loads).
-    """
-    assert weight.dtype is not None
-    values = dense_values(graph, weight, format)
-    return values if values.dtype == weight.dtype else record("Cast", values, to=weight.dtype)
-
-
-def dense_values(graph: ir.Graph, weight: ir.Value, format: Format) -> ir.Value:
-    """The weight as it is stored in the floating-point `format`."""
-    content = Stored(parts_of(weight), format, "values")
-    return store(
-        graph, f"{weight.name}.{format.name}", sizes_of(weight), ir.DataType.from_numpy(DENSE[format]), content
-    )

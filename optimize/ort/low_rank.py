@@ -13,8 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ..graph import ORDER, Recorder, add_initializer, producer, sizes_of
+from ..linears import linears_of
 from ..stored import parts_of, rows_of_parts
-from .pack_linears import linears_of
 
 _SLOT = "slot"
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"

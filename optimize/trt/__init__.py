@@ -17,12 +17,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from ..formats import Format
-from ..ort.order_inputs import order_inputs
-from ..ort.pack_linears import pack_linears
-from ..ort.vectors import lower_vectors
+from ..shared.finish import finish
+from ..shared.order_inputs import order_inputs
+from ..shared.pack_linears import pack_linears
 from ..tensors import Float32, Int64
 from .embedding import lower_embedding
 from .kept_positions import keep_asked_positions
@@ -35,7 +34,9 @@ OPSET, IR_VERSION = 24, 12
 
 @dataclass(frozen=True)
 class TrtOptions:
-    """formats: how each checkpoint tensor is stored. rotary: tables of cos and sin, float32 [context, head_dim / 2].
+    """What both TensorRT dialects are lowered by.
+
+    formats: how each checkpoint tensor is stored. rotary: tables of cos and sin, float32 [context, head_dim / 2].
     orders: by checkpoint tensor, the order of its stored columns where that is not the natural one.
     inputs: by checkpoint weight, how what its projection reads is rounded, where that is quantised too.
     """
@@ -55,10 +56,4 @@ def lower(model: ir.Model, options: TrtOptions) -> None:
     pack_linears(model, options.formats)
     lower_linears(model, options.formats, opset=OPSET, inputs=options.inputs)
     lower_embedding(model, options.formats)
-    common.CommonSubexpressionEliminationPass()(model)
-    common.RemoveUnusedNodesPass()(model)
-    lower_vectors(model)
-    common.TopologicalSortPass()(model)
-    model.graph.opset_imports.clear()
-    model.graph.opset_imports.update({"": OPSET})
-    model.ir_version = IR_VERSION
+    finish(model, {"": OPSET}, IR_VERSION)

@@ -14,10 +14,10 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir as ir
 
+from ..dense import dense_weight
 from ..formats import Format
 from ..graph import Recorder, add_initializer, ints, sizes_of
-from ..ort.linear import dense_weight
-from ..ort.pack_linears import Linear, linears_of
+from ..linears import Linear, linears_of
 from ..stored import Role, Stored, parts_of, store
 
 FLOAT16_SCALES, BLOCKED = 19, 21

@@ -38,11 +38,11 @@ def lower_to(
     policy = POLICIES[dialect] if precision.startswith("int") else ORT
     formats, inputs = formats or plan_formats(tensors, precision, policy=policy), inputs or {}
     rotary, orders = rotary_tables(config, 64), column_orders(tensors, formats)
+    options = trt.TrtOptions(formats, rotary, orders, inputs)
     if dialect == "trt":
-        trt.lower(graph, trt.TrtOptions(formats, rotary, orders, inputs))
+        trt.lower(graph, options)
     else:
-        opset = int(dialect.removeprefix("primitive-"))
-        primitive.lower(graph, primitive.PrimitiveOptions(formats, rotary, opset, orders, inputs))
+        primitive.lower(graph, options, int(dialect.removeprefix("primitive-")))
     return formats
 
 

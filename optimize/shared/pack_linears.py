@@ -4,41 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from ..formats import Format
-from ..graph import Recorder, ints, nodes_of, producer, sizes_of
+from ..graph import Recorder, ints, sizes_of
+from ..linears import Linear, linears_of
 from ..stored import parts_of, stacked
-
-
-@dataclass(frozen=True)
-class Linear:
-    """One projection of the canonical graph: MatMul(x, Transpose(weight)), then an Add of a bias or not."""
-
-    matmul: ir.Node
-    weight: ir.Value
-    bias: ir.Value | None
-    result: ir.Value
-
-
-def linears_of(model: ir.Model) -> list[Linear]:
-    return [linear for node in nodes_of(model, "MatMul") if (linear := _linear(node)) is not None]
-
-
-def _linear(matmul: ir.Node) -> Linear | None:
-    transpose = producer(matmul.inputs[1], "Transpose")
-    weight = transpose.inputs[0] if transpose is not None else None
-    if weight is None or not weight.is_initializer():
-        return None
-    users = matmul.outputs[0].consumers()
-    if len(users) == 1 and users[0].op_type == "Add":
-        for operand in users[0].inputs:
-            if operand is not None and operand.is_initializer() and len(operand.shape or ()) == 1:
-                return Linear(matmul, weight, operand, users[0].outputs[0])
-    return Linear(matmul, weight, None, matmul.outputs[0])
 
 
 def pack_linears(model: ir.Model, formats: Mapping[str, Format]) -> None:

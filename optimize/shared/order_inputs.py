@@ -13,9 +13,9 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from ..graph import ORDER, Recorder, add_initializer
+from ..linears import linears_of
 from ..stored import parts_of
 from ..tensors import Int64
-from .pack_linears import linears_of
 
 
 def order_name(order: Int64) -> str:

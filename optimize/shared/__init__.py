@@ -1,0 +1,1 @@
+"""Passes that every dialect is lowered with."""
