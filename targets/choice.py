@@ -8,7 +8,7 @@ from types import MappingProxyType
 from ..errors import UsageError, did_you_mean
 from .devices import Target
 from .jetpack import JETPACKS
-from .names import SHORT_BACKENDS, listed
+from .names import BACKENDS, SHORT_BACKENDS, listed
 from .tensorrt import release_of
 
 FALLBACK_PRECISION = "fp16"
@@ -53,7 +53,7 @@ def _backend(target: Target, word: str) -> str:
     backend = SHORT_BACKENDS.get(word, word)
     if backend in target.backends:
         return backend
-    hint = did_you_mean(word, (*target.backends, *SHORT_BACKENDS))
+    hint = did_you_mean(word, (*target.backends, *SHORT_BACKENDS)) if backend not in BACKENDS else ""
     raise UsageError(
         f"--backend {word} is none that {target.name} has.{hint} It has {listed(target.backends)}; choose from these."
     )

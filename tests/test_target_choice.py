@@ -113,7 +113,7 @@ def test_another_backend_is_chosen_by_its_name_or_a_short_one(name: str, backend
     ("name", "options", "message"),
     [
         ("rtx-4090", {"backend": "tensorrt"}, "It has tensorrt-rtx and onnxruntime"),
-        ("cpu", {"backend": "rtx"}, "It has onnxruntime; choose"),
+        ("cpu", {"backend": "rtx"}, "--backend rtx is none that cpu has. It has onnxruntime; choose"),
         ("h100", {"backend": "tensort"}, "Did you mean 'tensorrt'?"),
         ("rtx-4090", {"jetpack": "6.2"}, "--jetpack is for Jetsons, which rtx-4090 is not"),
         (
