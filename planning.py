@@ -19,7 +19,7 @@ from .optimize.formats import Format
 from .optimize.plan import has_wide_head, head_of
 from .optimize.tensors import SourceTensor
 from .progress import Progress
-from .runtime.bundle import ONNXRUNTIME
+from .runtime.bundle import MAX_BATCH, ONNXRUNTIME
 from .targets.context import CACHE_BYTES, ContextChoice
 from .targets.devices import Target
 from .targets.made import Made, check_precision, what_is_made
@@ -65,6 +65,8 @@ def plan_build(options: BuildOptions, target: Target, progress: Progress) -> Bui
     Raises UsageError and LlamaExportError, each with one sentence for the user.
     """
     made = what_is_made(target)
+    if not 1 <= options.batch <= MAX_BATCH:
+        raise UsageError(f"--batch must be from 1 to {MAX_BATCH}, not {options.batch}.")
     if options.adapter_mode == RUNTIME and made.backend != ONNXRUNTIME:
         raise UsageError(
             "--adapter-mode runtime is for ONNX Runtime, while TensorRT's engines have their weights fixed: use "

@@ -19,6 +19,8 @@ from .decode_json import decode
 from .hashing import sha256_of_all
 
 SCHEMA_VERSION = 1
+MAX_BATCH = 1 << 12
+"""Texts at once."""
 MANIFEST = "manifest.json"
 GRAPH_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 """The graph, and next to it its weights."""
@@ -240,7 +242,7 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         ("shape.ffn", shape.ffn, 1, 1 << 24),
         ("shape.vocab", shape.vocab, 1, 1 << 24),
         ("limits.context", limits.context, 1, 1 << 24),
-        ("limits.batch", limits.batch, 1, 1 << 12),
+        ("limits.batch", limits.batch, 1, MAX_BATCH),
         ("limits.prefill_chunk", limits.prefill_chunk, 1, 1 << 24),
         *((f"tokens.{name}", value, 0, shape.vocab - 1) for name, value in _token_ids(tokens)),
         *((f"files[{name!r}].size", record.size, 0, 1 << 62) for name, record in manifest.files.items()),

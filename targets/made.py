@@ -69,6 +69,16 @@ def check_precision(target: Target, made: Made, precision: str, calibrated: bool
 
     Raises UsageError, which says what there is.
     """
+    check_head_precision(target, made, precision, calibrated)
+    if calibrated and (made.backend == ONNXRUNTIME or precision not in CALIBRATABLE):
+        raise UsageError(
+            f"--calibrate finds scales for activations, which {precision} weights on {PRODUCTS[made.backend]} do not "
+            f"have; leave it out, or choose {listed(CALIBRATABLE, 'or')} for TensorRT."
+        )
+
+
+def check_head_precision(target: Target, made: Made, precision: str, calibrated: bool) -> None:
+    """The same of the output head, which may be left out of what is calibrated. Raises UsageError."""
     if precision not in made.precisions:
         others = [word for word in made.precisions if word != precision]
         raise UsageError(
@@ -82,11 +92,6 @@ def check_precision(target: Target, made: Made, precision: str, calibrated: bool
         raise UsageError(
             f"{precision} on {_with_release(target, made)} quantises activations too, and their scales come from "
             f"calibration: add --calibrate FILE, or choose {listed(others, 'or')}."
-        )
-    if calibrated and (release is None or precision not in CALIBRATABLE):
-        raise UsageError(
-            f"--calibrate finds scales for activations, which {precision} weights on {PRODUCTS[made.backend]} do not "
-            f"have; leave it out, or choose {listed(CALIBRATABLE, 'or')} for TensorRT."
         )
 
 

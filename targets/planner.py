@@ -16,7 +16,7 @@ from ..optimize.plan import plan_formats
 from ..optimize.tensors import SourceTensor
 from .context import CACHE_BYTES, STEP, Load, Need, Shape, bytes_per_token, largest_context, need, usual_context
 from .devices import GB, Target
-from .made import Made, check_precision
+from .made import Made, check_head_precision, check_precision
 from .names import ONNXRUNTIME
 from .planner_engine import DESKTOP_BYTES, EngineBuild, engine_build
 from .planner_speed import USUAL_FILL, Range, Step, bandwidth, dense_tflops, step_rate
@@ -191,6 +191,8 @@ def needs_calibration(target: Target, made: Made, precision: str | None) -> bool
 def _check(target: Target, made: Made, model: Model, wish: Wish) -> None:
     if wish.precision is not None:
         check_precision(target, made, wish.precision, wish.calibrated)
+    if wish.head_precision is not None:
+        check_head_precision(target, made, wish.head_precision, wish.calibrated)
     if wish.context is not None and wish.context > model.shape.longest:
         longest = model.shape.longest
         raise UsageError(

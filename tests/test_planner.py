@@ -101,6 +101,13 @@ def test_a_precision_that_the_target_lacks_is_refused_with_those_that_it_has() -
         plan("llama-3.2-1b", "jetson-orin", precision="fp8")
     with pytest.raises(UsageError, match="int5"):
         plan("llama-3.2-1b", "rtx-4090", precision="int5")
+    with pytest.raises(UsageError, match=r"jetson-orin.*has fp16, int8 and int4 weights, not nvfp4"):
+        plan("llama-3.2-1b", "jetson-orin", head_precision="nvfp4")
+
+
+def test_a_head_may_be_left_out_of_what_is_calibrated() -> None:
+    found = plan("llama-3.2-1b", "jetson-orin", precision="int8", head_precision="fp16", calibrated=True)
+    assert found.formats["model.embed_tokens.weight"].name == "fp16"
 
 
 def test_a_context_beyond_the_model_is_refused() -> None:

@@ -145,6 +145,9 @@ def test_a_backend_may_be_chosen(tmp_path: Path) -> None:
     [
         ("jetson-orin", {"precision": "fp8"}, ["fp16, int8 and int4", "not fp8"]),
         ("jetson-orin", {"precision": "int8"}, ["--calibrate FILE"]),
+        ("jetson-orin", {"head_precision": "fp8"}, ["fp16, int8 and int4", "not fp8"]),
+        ("jetson-orin", {"head_precision": "int8"}, ["--calibrate FILE"]),
+        ("jetson-orin", {"batch": 5000}, ["--batch must be from 1 to 4096"]),
         ("jetson-orin", {"precision": "int4", "jetpack": "6.0"}, ["TensorRT 8.6.2", "--jetpack 6.1"]),
         ("jetson-orin", {"jetpack": "7.1"}, ["6.0"]),
         ("jetson-orin", {"backend": "rtx"}, ["--backend"]),
