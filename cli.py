@@ -26,9 +26,9 @@ from .cli_support import (
     quiet_option,
     threads_option,
 )
+from .names import PRECISIONS
 from .progress import Terminal
 from .settings import settings_problem
-from .targets.names import PRECISIONS
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -15,11 +15,11 @@ import click
 
 from .console import prepare_streams
 from .errors import LlamaExportError, did_you_mean
+from .names import SHORT_BACKENDS
 from .progress import Terminal
 from .runtime.threads import MAX_THREADS
 from .settings import command_defaults
 from .tables import plain
-from .targets.names import SHORT_BACKENDS
 
 _DEBUG = "llama_export.debug"
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from .errors import LlamaExportError
+from .names import ORT, TRT, TRT_PRIMITIVE
 from .optimize.plan import column_orders
 from .optimize.requirements import WINDOW_MINIMUM_ONNXRUNTIME
 from .runtime.bundle import CUDA_PROVIDER
@@ -31,7 +32,7 @@ def lower(model: ir.Model, plan: BuildPlan, rotary: tuple[Float32, Float32], inp
     rotary: tables of cos and sin [context, head_dim / 2]. inputs: scales of what projections read, by weight, empty
     where that is not quantised.
     """
-    (_lower_ort if plan.made.dialect == "ort" else _lower_tensorrt)(model, plan, rotary, inputs)
+    (_lower_ort if plan.made.dialect == ORT else _lower_tensorrt)(model, plan, rotary, inputs)
     release = release_of(plan.target)
     if release is not None:
         _refuse_unsupported(model, release)
@@ -69,7 +70,7 @@ def _lower_tensorrt(
 
     orders = column_orders(plan.source.tensors, plan.formats)
     options = trt.TrtOptions(plan.formats, rotary, orders, inputs)
-    if plan.made.dialect == "trt":
+    if plan.made.dialect == TRT:
         trt.lower(model, options)
     else:
         primitive.lower(model, options, plan.made.opset)
@@ -80,7 +81,7 @@ def minimum_versions(plan: BuildPlan) -> dict[str, str]:
     from .runtime.session import LEAST  # noqa: PLC0415
 
     slides = plan.source.shape.window_in(plan.context.context) is not None
-    window = slides and plan.made.dialect == "ort"  # the other dialects have it in their mask
+    window = slides and plan.made.dialect == ORT  # the other dialects have it in their mask
     return {"python": "3.10", "onnxruntime": WINDOW_MINIMUM_ONNXRUNTIME if window else LEAST[plan.made.dialect]}
 
 
@@ -90,8 +91,8 @@ def cache_head_dim(plan: BuildPlan) -> int:
     from .optimize.trt import odd_heads as trt  # noqa: PLC0415
 
     padded: Mapping[str, Callable[[int], int]] = {
-        "ort": ort.cache_head_dim,
-        "trt": trt.cache_head_dim,
-        "trt-primitive": lambda head_dim: head_dim,
+        ORT: ort.cache_head_dim,
+        TRT: trt.cache_head_dim,
+        TRT_PRIMITIVE: lambda head_dim: head_dim,
     }
     return padded[plan.made.dialect](plan.source.shape.head_dim)

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from .errors import LlamaExportError
 from .installed import installed_version
+from .names import MODULES, TENSORRT, TENSORRT_RTX
 from .runtime.tensorrt import this_gpu
 from .runtime.tensorrt.api import PRODUCTS, import_module
 from .runtime.tensorrt.cuda import Gpu
 from .tables import size
 
-RTX = "tensorrt_rtx"
-DISTRIBUTIONS = {"tensorrt": "tensorrt", RTX: "tensorrt-rtx-cu13"}
+RTX = MODULES[TENSORRT_RTX]
+DISTRIBUTIONS = {MODULES[TENSORRT]: "tensorrt", RTX: "tensorrt-rtx-cu13"}
 BINDINGS = ("cuda-bindings", "cuda-python")
 """Distributions with CUDA for Python: the second is the older."""
 
@@ -72,7 +73,7 @@ def engine_verdicts(found: Engines, *, has_gpu: bool, is_jetson: bool) -> list[F
     verdicts = [
         Finding(False, f"engines with {PRODUCTS[name]}", why)
         for name, why in found.absent.items()
-        if installed_version(DISTRIBUTIONS[name]) or (is_jetson and name == "tensorrt")
+        if installed_version(DISTRIBUTIONS[name]) or (is_jetson and name == MODULES[TENSORRT])
     ]
     for name, version in found.versions.items():
         product = f"{PRODUCTS[name]} {version}"

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from .errors import LlamaExportError
+from .names import MODULES
 from .planning import BuildPlan
 from .progress import Progress
-from .runtime.bundle import DATA_FILE, MODULES, EngineRecord, Manifest
+from .runtime.bundle import DATA_FILE, EngineRecord, Manifest
 from .targets.engine_plans import build_plans
 from .targets.engine_process import Built
 from .targets.recipes import recipe_for

@@ -11,12 +11,12 @@ from .errors import LlamaExportError
 from .export.families import family_of
 from .export.json_object import read_object
 from .export.rope import rope_type
+from .names import ONNXRUNTIME, PRODUCTS
 from .optimize.formats import format_named, stored_bytes
 from .runtime.bundle import (
     CPU_PROVIDER,
     DATA_FILE,
     GRAPH_FILE,
-    ONNXRUNTIME,
     AdapterRecord,
     Bundle,
     Limits,
@@ -27,7 +27,6 @@ from .runtime.hashes import is_checked
 from .runtime.reference import WeightRecord, load_index
 from .tables import columns, size
 from .targets.context import CACHE_BYTES, Load, bytes_per_token, needed_bytes
-from .targets.names import PRODUCTS
 
 
 def lines(bundle: Bundle) -> list[str]:

@@ -15,11 +15,12 @@ from .export.lora.merge import base_mismatch, fitted, merged
 from .export.lora.peft_folder import Adapter, read_adapter
 from .export.lora.sizes import numbers_beside
 from .export.source import Source, open_source
+from .names import ONNXRUNTIME
 from .optimize.formats import Format
 from .optimize.plan import has_wide_head, head_of
 from .optimize.tensors import SourceTensor
 from .progress import Progress
-from .runtime.bundle import MAX_BATCH, ONNXRUNTIME
+from .runtime.bundle import MAX_BATCH
 from .targets.context import CACHE_BYTES, ContextChoice
 from .targets.devices import Target
 from .targets.made import Made, check_precision, what_is_made

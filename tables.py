@@ -13,6 +13,11 @@ def plain(text: str) -> str:
     return text.translate(_OBEYED)
 
 
+def listed(words: Sequence[str], last: str = "and") -> str:
+    """ "fp16, int8 and int4"; empty for no words."""
+    return f" {last} ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+
+
 def columns(rows: Sequence[Sequence[str]], *, indent: str = "") -> list[str]:
     """Lines in which every column but the last is as wide as its widest cell; rows are of one length."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]

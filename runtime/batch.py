@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..names import ORT
 from .adapters import adapter_inputs, load_adapter
 from .arrays import Float32, Int64
 from .bundle import Bundle
@@ -24,7 +25,7 @@ class BatchReplay:
 
     def __init__(self, bundle: Bundle, rows: int, *, model: bytes, threads: int, adapter: str | None = None) -> None:
         """adapter: the name of one of the bundle's. Raises LlamaExportError as `open_session` and `load_adapter` do."""
-        if bundle.manifest.dialect == "ort":
+        if bundle.manifest.dialect == ORT:
             self._run = _GrowingCache(bundle, rows, model, threads, adapter).run
         else:
             self._run = onnxruntime_executor(bundle, model=model, rows=rows, threads=threads, exact=True).run

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LlamaExportError, UsageError
+from ..names import BACKENDS, DIALECTS, MODULES, ONNXRUNTIME
 from .decode_json import decode
 from .hashing import sha256_of_all
 
@@ -37,18 +38,6 @@ USED_FILES = (
     *(f"{REFERENCE}/{name}" for name in REFERENCE_FILES),
 )
 """What the runtime reads where it is there, so the manifest has to know it; and so of the reference of each adapter."""
-
-DIALECTS = ("ort", "trt", "trt-primitive")
-ONNXRUNTIME, TENSORRT, TENSORRT_RTX = "onnxruntime", "tensorrt", "tensorrt-rtx"
-BACKENDS: Mapping[str, tuple[str, ...]] = {
-    ONNXRUNTIME: ("ort",),
-    TENSORRT: ("trt", "trt-primitive"),
-    TENSORRT_RTX: ("trt",),
-}
-"""What a bundle may be made for, and the dialects that this takes."""
-
-MODULES: Mapping[str, str] = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
-"""The Python module of each engine builder."""
 
 ENGINES, RECIPE_FILE = "engine", "engine/recipe.json"
 """The folder of engines built ahead of time, and how to build one on the device."""
@@ -170,7 +159,7 @@ class Manifest:
 
     minimum: lowest versions that run the bundle, for "python" and "onnxruntime"; providers: ONNX Runtime's execution
     providers in order, the first one is required; adapters: LoRA adapters, merged or to choose from; backend: what the
-    bundle is made for, one of `BACKENDS`; engine: what TensorRT needs, None for ONNX Runtime; files: every file
+    bundle is made for, one of `names.BACKENDS`; engine: what TensorRT needs, None for ONNX Runtime; files: every file
     but the manifest, by path with forward slashes; tools: versions of what made the bundle; notes: sentences for
     people.
     """

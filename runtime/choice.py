@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import LlamaExportError, UsageError, did_you_mean
+from ..names import BACKENDS, ONNXRUNTIME, ORT
 from .backend import OnnxRuntimeBackend
-from .bundle import BACKENDS, CUDA_PROVIDER, ONNXRUNTIME, Bundle
+from .bundle import CUDA_PROVIDER, Bundle
 from .cuda_backend import CudaBackend
 from .executor import StepBackend
 from .ort_executors import onnxruntime_executor
@@ -80,7 +81,7 @@ def open_backend(
             if choice.asked or isinstance(error, UsageError):
                 raise
             choice = _fallback(bundle, str(error))
-    if bundle.manifest.dialect == "ort":
+    if bundle.manifest.dialect == ORT:
         if bundle.manifest.provider == CUDA_PROVIDER:
             on_gpu = CudaBackend(bundle, threads=threads, capacity=capacity, adapter=adapter)
             return Opened(on_gpu, choice.note or on_gpu.note)

@@ -38,7 +38,7 @@ def load(
 ) -> Model:
     """Open the bundle in the folder `path` and load its model.
 
-    backend: what computes, a name of `bundle.BACKENDS`; default, the engine for this GPU where there is one, else ONNX
+    backend: what computes, a name of `names.BACKENDS`; default, the engine for this GPU where there is one, else ONNX
     Runtime, and `Model.backend_note` says why. engine_dir: where `llama-export engine` keeps engines, default: the
     user's cache folder. threads: to compute with; default, the physical cores. check_hashes:
     read every file again to compare it with the manifest, even if this was done before and nothing has changed since.

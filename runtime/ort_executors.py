@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..names import TRT
 from .arrays import Float32, Int64
 from .bundle import Bundle
 from .cache import lazy_zeros
@@ -44,7 +45,7 @@ def onnxruntime_executor(
 
     Raises LlamaExportError as `open_session` does, UsageError when `threads` is out of range.
     """
-    kind = StaticExecutor if bundle.manifest.dialect == "trt" else BucketExecutor
+    kind = StaticExecutor if bundle.manifest.dialect == TRT else BucketExecutor
     return kind(bundle, model=model, rows=rows, threads=threads, exact=exact)
 
 

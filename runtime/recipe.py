@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import LlamaExportError
-from .bundle import MODULES, RECIPE_FILE, Bundle, Limits, Shape
+from ..names import MODULES, TRT
+from .bundle import RECIPE_FILE, Bundle, Limits, Shape
 from .decode_json import decode
 
 SCHEMA_VERSION = 1
@@ -130,7 +131,7 @@ def _inputs(
     kept: tuple[int, int, int],
 ) -> dict[str, Extent]:
     """Every input's extent; rows, tokens, kept: least, usual and most."""
-    static = dialect == "trt"
+    static = dialect == TRT
     past = (limits.context,) * 3 if static else (1, min(_USUAL_PAST, limits.context), limits.context)
 
     def extent(*sizes: tuple[int, int, int]) -> Extent:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import LlamaExportError
+from ..names import ORT, TRT, TRT_PRIMITIVE
 from .adapters import adapter_inputs
 from .bundle import CPU_PROVIDER, CUDA_PROVIDER, DATA_FILE, GRAPH_FILE, Bundle, Manifest, Shape, refuse_escape
 from .cpu_graph import for_cpu
@@ -23,7 +24,7 @@ DEVICES = {CPU_PROVIDER: "cpu", CUDA_PROVIDER: "cuda"}
 PAST, PRESENT = "past_key_values.", "present."
 """What stands before a name of the cache, as an input and as an output of the graph."""
 
-LEAST: Mapping[str, str] = {"ort": "1.23.2", "trt": "1.25.0", "trt-primitive": "1.23.2"}
+LEAST: Mapping[str, str] = {ORT: "1.23.2", TRT: "1.25.0", TRT_PRIMITIVE: "1.23.2"}
 """The oldest onnxruntime that runs each dialect: TensorScatter of opset 24 came with 1.25.0."""
 
 _MAX_GRAPH_BYTES = 256 << 20
@@ -93,7 +94,7 @@ def open_session(
     """
     ort, provider = import_onnxruntime(bundle.manifest), bundle.manifest.provider
     weights = weight_places(bundle, graph)
-    if bundle.manifest.dialect != "ort":
+    if bundle.manifest.dialect != ORT:
         graph = for_cpu(graph, weights, exact=exact)
     elif exact:
         graph = with_accuracy_level(graph, 0)
@@ -154,10 +155,10 @@ def _inputs(manifest: Manifest) -> dict[str, tuple[int | None, ...]]:
     shape, rows = manifest.shape, (None, None)
     first: dict[str, tuple[int | None, ...]] = (
         {"input_ids": rows, "attention_mask": rows, "logits_to_keep": (1,)}
-        if manifest.dialect == "ort"
+        if manifest.dialect == ORT
         else {IDS: rows, POSITIONS: rows, KEPT: rows}
     )
-    length = manifest.limits.context if manifest.dialect == "trt" else None
+    length = manifest.limits.context if manifest.dialect == TRT else None
     cache = (None, shape.kv_heads, length, shape.head_dim)
     return {**first, **{PAST + name: cache for name in cache_names(shape)}}
 

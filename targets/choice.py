@@ -6,9 +6,10 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from ..errors import UsageError, did_you_mean
+from ..names import BACKENDS, SHORT_BACKENDS
+from ..tables import listed
 from .devices import Target
 from .jetpack import JETPACKS
-from .names import BACKENDS, SHORT_BACKENDS, listed
 from .tensorrt import release_of
 
 FALLBACK_PRECISION = "fp16"

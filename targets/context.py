@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..errors import UsageError
+from ..names import ORT, TRT, TRT_PRIMITIVE
 from ..optimize.formats import BF16, FP16, FP32
 from ..tables import size
 from .devices import GB, Target
@@ -83,7 +84,7 @@ class Load:
     on_cpu: bool
     batch: int = 1
     prefill_chunk: int = PREFILL_CHUNK
-    dialect: str = "ort"
+    dialect: str = ORT
     shared_memory: bool = False
 
 
@@ -124,11 +125,11 @@ def workspace_bytes(load: Load, context: int) -> int:
     layer's keys and values, past and new, lie together once more. Engines read a prompt one text at a time and can give
     the logits of a whole chunk.
     """
-    shape, engine = load.shape, load.dialect != "ort"
+    shape, engine = load.shape, load.dialect != ORT
     chunk, number = min(load.prefill_chunk, context), CACHE_BYTES[load.cache_dtype]
     rows = chunk if engine else load.batch * chunk
     width = 3 * shape.ffn + 4 * shape.hidden + (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    primitive = load.dialect == "trt-primitive"
+    primitive = load.dialect == TRT_PRIMITIVE
     scores = (4 if load.on_cpu else number if primitive else 0) * rows * shape.heads * context
     joined = load.batch * context * bytes_per_token(shape, load.cache_dtype) // shape.layers if primitive else 0
     logits = 4 * shape.vocab * (max(chunk, load.batch) if engine else load.batch)
@@ -145,7 +146,7 @@ def weight_memory(load: Load) -> int:
 
 def table_bytes(load: Load, context: int) -> int:
     """Bytes of the rotary tables, cosines and sines [context, head_dim / 2]: float32 in engines, else as the cache."""
-    return context * load.shape.head_dim * (CACHE_BYTES[load.cache_dtype] if load.dialect == "ort" else 4)
+    return context * load.shape.head_dim * (CACHE_BYTES[load.cache_dtype] if load.dialect == ORT else 4)
 
 
 def need(load: Load, context: int) -> Need:
@@ -188,7 +189,7 @@ def choose_context(
 
 def usual_context(load: Load, largest: int) -> int:
     """The context where nothing is asked for and `largest` fits."""
-    return min(largest, STATIC_CONTEXT) if load.dialect == "trt" else largest
+    return min(largest, STATIC_CONTEXT) if load.dialect == TRT else largest
 
 
 def default_context(target: Target, load: Load, max_positions: int) -> ContextChoice:

@@ -15,9 +15,9 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import LlamaExportError, UsageError, did_you_mean
+from ..names import BACKENDS, ONNXRUNTIME, PRECISIONS
 from ..runtime.bundle import CPU_PROVIDER, CUDA_PROVIDER
 from .jetpack import JETPACKS, JetPack
-from .names import BACKENDS, ONNXRUNTIME, PRECISIONS
 from .schema import check_facts, field_names
 from .toml_file import read_toml
 
@@ -93,8 +93,8 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "format": NATIVE_FORMATS,
     "default_precision": PRECISIONS,
     "native_formats": NATIVE_FORMATS,
-    "backend": BACKENDS,
-    "backends": BACKENDS,
+    "backend": tuple(BACKENDS),
+    "backends": tuple(BACKENDS),
     "providers": PROVIDERS,
     "jetpack": tuple(JETPACKS),
     "jetpacks": tuple(JETPACKS),

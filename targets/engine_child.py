@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import LlamaExportError
-from ..runtime.bundle import MODULES, TENSORRT_RTX
+from ..names import MODULES, TENSORRT_RTX
 from ..runtime.decode_json import decode
 from ..runtime.recipe import Recipe
 from ..runtime.tensorrt.api import import_module

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import LlamaExportError
+from ..names import MODULES, TENSORRT_RTX, TRT
 from ..progress import Progress
-from ..runtime.bundle import DATA_FILE, GRAPH_FILE, MODULES, TENSORRT_RTX, Bundle
+from ..runtime.bundle import DATA_FILE, GRAPH_FILE, Bundle
 from ..runtime.files import replace
 from ..runtime.recipe import Recipe, read_recipe
 from ..runtime.requirements import parse_version
@@ -119,7 +120,7 @@ def _span(recipe: Recipe, dialect: str) -> tuple[tuple[int, ...], tuple[int, ...
     """
     if recipe.module == MODULES[TENSORRT_RTX]:
         return (1, 7), None
-    if dialect == "trt":
+    if dialect == TRT:
         return (10, 15), None
     return ((10,), None) if recipe.strongly_typed else ((8, 6), (11,))
 

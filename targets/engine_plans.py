@@ -9,14 +9,13 @@ import sys
 from pathlib import Path
 
 from ..errors import LlamaExportError
+from ..names import MODULES, TENSORRT_RTX
 from ..progress import Progress
 from ..runtime.bundle import (
     DATA_FILE,
     ENGINES,
     GRAPH_FILE,
-    MODULES,
     RECIPE_FILE,
-    TENSORRT_RTX,
     EngineRecord,
     PlanRecord,
 )

@@ -19,10 +19,11 @@ from queue import Empty, SimpleQueue
 from typing import IO, Any
 
 from ..errors import LlamaExportError
+from ..names import MODULES, TENSORRT_RTX
 from ..progress import Progress
-from ..runtime.bundle import MODULES, TENSORRT_RTX
 from ..runtime.recipe import Recipe
 from ..tables import size
+from .engine_child import STOP
 
 _STOP_SECONDS = 10.0
 """Until a builder that was told to stop is ended: its steps are short, but only between them it looks."""
@@ -100,7 +101,7 @@ def _child(job: Job) -> Iterator[subprocess.Popen[str]]:
         yield child
     except KeyboardInterrupt:
         with suppress(OSError, subprocess.TimeoutExpired):
-            _say(child, "stop")
+            _say(child, STOP)
             child.wait(_STOP_SECONDS)
         raise
     finally:

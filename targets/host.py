@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
+from ..names import MODULES, ONNXRUNTIME, TENSORRT, TENSORRT_RTX
 from .choice import with_possible_precision
 from .devices import CATALOGUE, GB, Target, load_target
 from .jetpack import JetPack, jetpack_of_l4t
-from .names import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
 from .tensorrt import NEWEST_RTX, RELEASES, has_engines
 from .windows_memory import windows_memory
 
@@ -164,7 +164,7 @@ def _gpu_target(machine: Machine, gpu: Gpu) -> Target:
 def _gpu_backend(gpu: Gpu) -> tuple[str, str] | None:
     """What runs bundles on a GPU here, and why; None where nothing does."""
     rtx_builds = RELEASES[TENSORRT_RTX, NEWEST_RTX].ahead_of_time
-    has_rtx = gpu.compute_capability in rtx_builds and _has_module("tensorrt_rtx")
+    has_rtx = gpu.compute_capability in rtx_builds and _has_module(MODULES[TENSORRT_RTX])
     has_onnxruntime = _has_onnxruntime_gpu()
     what = f"{gpu.name} has compute capability {gpu.compute_capability}, and"
     if has_rtx and (gpu.compute_capability in RTX_CAPABILITIES or not has_onnxruntime):

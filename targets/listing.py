@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+from ..names import ONNXRUNTIME, PRODUCTS
 from ..tables import columns
 from .devices import Target, load_target, target_names
 from .made import Made, what_is_made
-from .names import ONNXRUNTIME, PRODUCTS
 from .tensorrt import Release, release_of
 
 HEADER = ("TARGET", "DEVICE", "MEMORY", "BANDWIDTH", "BACKEND", "PRECISION", "A BUILD MAKES")

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..errors import LlamaExportError, UsageError
+from ..names import ONNXRUNTIME, ORT, PRODUCTS, TENSORRT, TENSORRT_RTX
 from ..optimize import policy
 from ..optimize.policy import Policy
 from ..runtime.bundle import CPU_PROVIDER, CUDA_PROVIDER
+from ..tables import listed
 from .devices import Target
-from .names import ONNXRUNTIME, PRODUCTS, TENSORRT, TENSORRT_RTX, listed
 from .tensorrt import CALIBRATABLE, Release, release_of
 
 DEVICE_PYTHON = (3, 10)
@@ -19,7 +20,7 @@ DEVICE_PYTHON = (3, 10)
 BLOCKS_SINCE = 21
 """The opset whose DequantizeLinear has blocks."""
 
-ORT_DIALECT, ORT_OPSET = "ort", 21
+ORT_OPSET = 21
 ORT_PRECISIONS = ("fp32", "fp16", "int8", "int4")
 
 
@@ -170,10 +171,10 @@ def _ort(target: Target) -> Made:
     activations = "float16" if on_cuda else "float32"
     device = "device" if target.kind == "jetson" else "computer"
     where = f"the {device}'s GPU through CUDA" if on_cuda else f"the {device}'s CPU"
-    makes = f"An `{ORT_DIALECT}` bundle with {activations} activations, which ONNX Runtime runs on {where}."
+    makes = f"An `{ORT}` bundle with {activations} activations, which ONNX Runtime runs on {where}."
     return Made(
         backend=ONNXRUNTIME,
-        dialect=ORT_DIALECT,
+        dialect=ORT,
         opset=ORT_OPSET,
         activations=activations,
         providers=providers,

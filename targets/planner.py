@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..errors import UsageError
+from ..names import ONNXRUNTIME, TRT, TRT_PRIMITIVE
 from ..optimize.formats import Format
 from ..optimize.plan import plan_formats
 from ..optimize.tensors import SourceTensor
 from .context import CACHE_BYTES, STEP, Load, Need, Shape, bytes_per_token, largest_context, need, usual_context
 from .devices import GB, Target
 from .made import Made, check_head_precision, check_precision
-from .names import ONNXRUNTIME
 from .planner_engine import DESKTOP_BYTES, EngineBuild, engine_build
 from .planner_speed import USUAL_FILL, Range, Step, bandwidth, dense_tflops, step_rate
 from .planner_weights import Weights, weights_of
@@ -243,7 +243,7 @@ def _speeds(
     fill, prompt = min(USUAL_FILL, context), min(chosen.load.prefill_chunk, context)
     row = bytes_per_token(shape, made.activations)
     # A fixed cache is read whole under its mask; joining past and new reads, writes and reads what is there.
-    moved = {"trt": context, "trt-primitive": 3 * fill}.get(made.dialect, fill)
+    moved = {TRT: context, TRT_PRIMITIVE: 3 * fill}.get(made.dialect, fill)
     quantised = any(format.quantised for format in chosen.formats.values())
     products, head = weights.multiplied, shape.vocab * shape.hidden
     decode = Step(

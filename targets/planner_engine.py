@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..runtime.bundle import MODULES
+from ..names import ONNXRUNTIME, TENSORRT
 from .devices import GB, Target
 from .made import Made
-from .names import ONNXRUNTIME, TENSORRT
 from .recipes import build_memory, workspace_bytes
 
 DESKTOP_BYTES = 800_000_000
@@ -34,7 +33,7 @@ def engine_build(target: Target, made: Made, weight_bytes: int) -> EngineBuild |
     if made.backend == ONNXRUNTIME:
         return None
     workspace = workspace_bytes(made.backend, shared_memory=target.shared_memory)
-    peak = build_memory(MODULES[made.backend], weight_bytes) + workspace
+    peak = build_memory(made.backend, weight_bytes) + workspace
     if made.backend != TENSORRT or not target.shared_memory:
         return EngineBuild(peak, on_device=made.backend == TENSORRT, fits=True, headless=True)
     usable = int(target.usable_gb * GB)

@@ -8,9 +8,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ..errors import LlamaExportError
+from ..names import PRODUCTS, TRT, TRT_PRIMITIVE
 from ..tables import columns, size
 from .context import ContextChoice, budget_text, choose_context
-from .names import PRODUCTS
 from .planner import DOES_NOT_FIT, FITS, USEFUL_CONTEXT, Assessment, Model, Speeds, Wish, assess
 from .planner_engine import DESKTOP_BYTES
 from .planner_speed import (
@@ -164,9 +164,9 @@ def _speed_notes(one: Assessment) -> Iterator[str]:
         f"Decode: a token reads {size(read)} of weights and the cache, at {low} to {high} of the bandwidth, with "
         f"pauses of {pauses} µs a layer; this is what published speeds on Jetsons keep to."
     )
-    if one.made.dialect == "trt":
+    if one.made.dialect == TRT:
         yield f"A token reads the whole cache, used or not: a smaller --context is quicker{_with_short_context(one)}."
-    if one.made.dialect == "trt-primitive":
+    if one.made.dialect == TRT_PRIMITIVE:
         yield "A token reads the used part of the cache twice and writes it once, since past and new are joined."
     quantised = any(format.quantised for format in one.formats.values())
     least, most = (f"{share:.0%}" for share in (QUANTISED_EFFICIENCY if quantised else DENSE_EFFICIENCY))

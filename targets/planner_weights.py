@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..names import ORT
 from ..optimize.formats import EMBEDDING, FP16, FP32, HEAD, Format, stored_bytes
 from ..optimize.tensors import SourceTensor
-from .made import ORT_DIALECT
 
 _FLOAT16_SCALES = 19
 """The first opset whose DequantizeLinear takes scales in float16; below, they are float32."""
@@ -45,7 +45,7 @@ def weights_of(
     number_bytes: of a number in the dtype of activations, which norms and scales have too. A TensorRT graph holds a
     tied embedding that is quantised twice, since a product reads it by columns and a look-up by rows.
     """
-    engine, tied = dialect != ORT_DIALECT, HEAD not in tensors
+    engine, tied = dialect != ORT, HEAD not in tensors
     scale_bytes = number_bytes if not engine or opset >= _FLOAT16_SCALES else 4
     stored: Counter[str] = Counter()
     read = multiplied = dense = 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..runtime.bundle import MODULES, TENSORRT_RTX, Limits, Shape
+from ..names import MODULES, TENSORRT, TENSORRT_RTX
+from ..runtime.bundle import Limits, Shape
 from ..runtime.recipe import Recipe, profiles_of
 from .tensorrt import Release
 
@@ -17,8 +18,8 @@ OPTIMIZATION_LEVEL = 3
 _JETSON_WORKSPACE = 1 << 30
 """What kernels may ask for while they are timed, on a device whose memory the CPU shares; elsewhere TensorRT's own."""
 
-_BASE_BYTES: Mapping[str, int] = {"tensorrt": 2_000_000_000, "tensorrt_rtx": 600_000_000}
-_PER_WEIGHT: Mapping[str, float] = {"tensorrt": 3.0, "tensorrt_rtx": 2.5}
+_BASE_BYTES: Mapping[str, int] = {TENSORRT: 2_000_000_000, TENSORRT_RTX: 600_000_000}
+_PER_WEIGHT: Mapping[str, float] = {TENSORRT: 3.0, TENSORRT_RTX: 2.5}
 """Bytes that a builder takes for itself whatever the model, and for each byte of weights beside the mapped file.
 
 Measured for TensorRT-RTX 1.7.1: int4 711 MB for 93 MB of weights (30 layers), 2147 for 844 (16 layers); int8 710 for
@@ -43,12 +44,11 @@ def recipe_for(
     weights: bytes of model.onnx.data. quantises_activations: the graph rounds what products read to int8 (W8A8), which
     a network that is not strongly typed has to allow. shared_memory: the device's CPU and GPU use the same memory.
     """
-    module = MODULES[release.backend]
     weak = not release.strongly_typed
     flags = ("FP16", *(("INT8",) if quantises_activations else ()), "PREFER_PRECISION_CONSTRAINTS")
     workspace = workspace_bytes(release.backend, shared_memory=shared_memory)
     return Recipe(
-        module=module,
+        module=MODULES[release.backend],
         version=release.version,
         compute_capability=compute_capability,
         strongly_typed=release.strongly_typed,
@@ -56,7 +56,7 @@ def recipe_for(
         float32_layers=FLOAT32_LAYERS if weak else (),
         workspace_bytes=workspace,
         optimization_level=OPTIMIZATION_LEVEL,
-        build_memory_bytes=build_memory(module, weights) + workspace,
+        build_memory_bytes=build_memory(release.backend, weights) + workspace,
         profiles=profiles_of(release.dialect, shape, limits),
     )
 
@@ -66,6 +66,6 @@ def workspace_bytes(backend: str, *, shared_memory: bool) -> int:
     return _JETSON_WORKSPACE if shared_memory and backend != TENSORRT_RTX else 0
 
 
-def build_memory(module: str, weights: int) -> int:
+def build_memory(backend: str, weights: int) -> int:
     """Bytes that building an engine takes for itself, an estimate. weights: bytes of model.onnx.data."""
-    return _BASE_BYTES[module] + round(_PER_WEIGHT[module] * weights)
+    return _BASE_BYTES[backend] + round(_PER_WEIGHT[backend] * weights)

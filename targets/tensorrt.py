@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from ..errors import LlamaExportError
+from ..names import ONNXRUNTIME, PRODUCTS, TENSORRT, TENSORRT_RTX, TRT, TRT_PRIMITIVE
+from ..tables import listed
 from .devices import Target
 from .jetpack import JETPACKS, JetPack
-from .names import ONNXRUNTIME, PRODUCTS, TENSORRT, TENSORRT_RTX, listed
-
-FUSED, PRIMITIVE = "trt", "trt-primitive"
 
 PARSER_TABLE = "onnx-tensorrt's docs/operators.md"
 OPSET_21 = (
@@ -105,11 +104,11 @@ CALIBRATABLE = ("int8", "fp8")
 NEWEST_TENSORRT, NEWEST_RTX = "11.4.1", "1.7.1"
 
 _ALL = (
-    Release(TENSORRT, "8.6.2", PRIMITIVE, 17, False, (_FP16, _W8A8), f"{PARSER_TABLE} of 8.6: up to opset 17"),
+    Release(TENSORRT, "8.6.2", TRT_PRIMITIVE, 17, False, (_FP16, _W8A8), f"{PARSER_TABLE} of 8.6: up to opset 17"),
     Release(
         TENSORRT,
         "10.3.0",
-        PRIMITIVE,
+        TRT_PRIMITIVE,
         21,
         True,
         (_FP16, _W8A8, _INT4, _FP8),
@@ -118,7 +117,7 @@ _ALL = (
     Release(
         TENSORRT,
         "10.13.3",
-        PRIMITIVE,
+        TRT_PRIMITIVE,
         21,
         True,
         (_FP16, _W8A8, _INT4, _FP8),
@@ -127,7 +126,7 @@ _ALL = (
     Release(
         TENSORRT,
         "10.16.2",
-        FUSED,
+        TRT,
         24,
         True,
         (_FP16, _W8A8, _INT4, _FP8, _NVFP4),
@@ -136,15 +135,13 @@ _ALL = (
     Release(
         TENSORRT,
         NEWEST_TENSORRT,
-        FUSED,
+        TRT,
         24,
         True,
         (_FP16, _W8A8, _INT4, _FP8, _NVFP4),
         "NVIDIA's ONNX opset guide for 11.x: up to opset 25; weak typing is removed with 11.0",
     ),
-    Release(
-        TENSORRT_RTX, NEWEST_RTX, FUSED, 24, True, _RTX, MEASURED_RTX, ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-    ),
+    Release(TENSORRT_RTX, NEWEST_RTX, TRT, 24, True, _RTX, MEASURED_RTX, ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")),
 )
 
 RELEASES: Mapping[tuple[str, str], Release] = MappingProxyType({(item.backend, item.version): item for item in _ALL})

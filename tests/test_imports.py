@@ -31,7 +31,7 @@ ALLOWED = {
 }
 """What each part may import of the others."""
 
-SHARED = {"console", "errors", "progress", "tables"}
+SHARED = {"console", "errors", "names", "progress", "tables"}
 """What any part may import of the modules beside them: of the package itself, its version too."""
 
 NOT_ON_THE_DEVICE = {"torch", "onnx", "transformers", "onnxscript", "onnx_ir", "safetensors", "gguf", "ml_dtypes"}

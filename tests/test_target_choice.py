@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from llama_export import names
 from llama_export.cli import main
 from llama_export.errors import LlamaExportError, UsageError
-from llama_export.optimize import ort, policy
-from llama_export.runtime import bundle
-from llama_export.targets import listing, made, names
+from llama_export.optimize import ort, policy, primitive, trt
+from llama_export.optimize.graph import FLOAT32_SCOPE
+from llama_export.tables import listed
+from llama_export.targets import listing, made, recipes
 from llama_export.targets.choice import choose, with_possible_precision
 from llama_export.targets.devices import Target, load_target, target_names
 from llama_export.targets.jetpack import JETPACKS
@@ -26,19 +28,17 @@ def built(name: str, *, jetpack: str | None = None, backend: str | None = None) 
     return target, what_is_made(target)
 
 
-def test_the_words_are_those_of_a_manifest() -> None:
-    assert tuple(bundle.BACKENDS) == names.BACKENDS
-    assert made.ORT_DIALECT in bundle.BACKENDS[names.ONNXRUNTIME]
+def test_what_releases_take_is_what_is_lowered_to() -> None:
+    opsets = {names.TRT: {trt.OPSET}, names.TRT_PRIMITIVE: set(primitive.IR_VERSIONS)}
     for release in RELEASES.values():
-        assert release.dialect in bundle.BACKENDS[release.backend]
-
-
-def test_the_opset_of_onnxruntime_is_the_one_that_is_lowered_to() -> None:
-    assert f'{{"": {made.ORT_OPSET}, ' in Path(str(ort.__file__)).read_text(encoding="utf-8")
+        assert release.dialect in names.BACKENDS[release.backend]
+        assert release.opset in opsets[release.dialect]
+    assert made.ORT_OPSET == ort.OPSET
+    assert (f"/{FLOAT32_SCOPE}/",) == recipes.FLOAT32_LAYERS
 
 
 def test_words_are_listed_as_people_do() -> None:
-    assert [names.listed(words) for words in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == [
+    assert [listed(words) for words in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == [
         "",
         "a",
         "a and b",

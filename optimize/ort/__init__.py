@@ -26,6 +26,8 @@ from .low_rank import add_low_rank
 from .norms import lower_norms
 from .pack_qkv import pack_qkv
 
+OPSET, IR_VERSION = 21, 10
+
 
 @dataclass(frozen=True)
 class OrtOptions:
@@ -54,4 +56,4 @@ def lower(model: ir.Model, options: OrtOptions) -> None:
     lower_norms(model)
     lower_linears(model, options.formats, options.accuracy_level)
     lower_embedding(model, options.formats)
-    finish(model, {"": 21, MICROSOFT: 1}, ir_version=10)
+    finish(model, {"": OPSET, MICROSOFT: 1}, IR_VERSION)

@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+from ... import names
 from ...errors import LlamaExportError
 
 TYPES: Mapping[str, str] = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64"}
@@ -24,7 +25,8 @@ INSTALL: Mapping[str, str] = {
     "made with --system-site-packages), elsewhere `pip install tensorrt`",
     "tensorrt_rtx": '`pip install "llama-export[rtx]"`',
 }
-PRODUCTS: Mapping[str, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+PRODUCTS: Mapping[str, str] = {module: names.PRODUCTS[backend] for backend, module in names.MODULES.items()}
+"""What people call the modules."""
 
 
 def import_module(name: str) -> Any:

@@ -13,6 +13,7 @@ import weakref
 import numpy as np
 
 from ...errors import UsageError
+from ...names import TRT, TRT_PRIMITIVE
 from ..arrays import Float32, Int64
 from ..bundle import Bundle
 from ..recipe import DECODE, PREFILL
@@ -23,7 +24,7 @@ from .kernels import Kernels
 from .kv_cache import Cache, GrowingCache, StaticCache
 from .lane import Lane, Recording
 
-_CACHES: dict[str, type[Cache]] = {"trt": StaticCache, "trt-primitive": GrowingCache}
+_CACHES: dict[str, type[Cache]] = {TRT: StaticCache, TRT_PRIMITIVE: GrowingCache}
 
 
 class TensorRTExecutor:

@@ -1,0 +1,31 @@
+"""The words that manifests, targets and the command line share: precisions, dialects, backends.
+
+Apart from what they mean, so that `--help` costs no more than reading them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+PRECISIONS = ("fp32", "fp16", "int8", "int4", "fp8", "nvfp4")
+"""Of weights; which of them a target has is `targets.made.what_is_made(target).precisions`."""
+
+ORT, TRT, TRT_PRIMITIVE = DIALECTS = ("ort", "trt", "trt-primitive")
+"""Of graphs; see docs/architecture.md."""
+
+ONNXRUNTIME, TENSORRT, TENSORRT_RTX = "onnxruntime", "tensorrt", "tensorrt-rtx"
+BACKENDS: Mapping[str, tuple[str, ...]] = {
+    ONNXRUNTIME: (ORT,),
+    TENSORRT: (TRT, TRT_PRIMITIVE),
+    TENSORRT_RTX: (TRT,),
+}
+"""What a bundle may be made for, and the dialects that this takes."""
+
+SHORT_BACKENDS = {"ort": ONNXRUNTIME, "trt": TENSORRT, "rtx": TENSORRT_RTX}
+"""Other names that `--backend` takes."""
+
+PRODUCTS = {ONNXRUNTIME: "ONNX Runtime", TENSORRT: "TensorRT", TENSORRT_RTX: "TensorRT-RTX"}
+"""What people call them."""
+
+MODULES: Mapping[str, str] = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
+"""The Python module of each builder of engines."""
