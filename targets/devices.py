@@ -33,12 +33,17 @@ _CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
 
 @dataclass(frozen=True)
 class Peak:
-    """A vendor's peak figure in 10^12 operations a second; `boost_tops` is that of the Super or MAXN mode."""
+    """A vendor's peak figure in 10^12 operations a second.
+
+    sparse: it counts products with zeros that are skipped. boost_tops: that of the Super or MAXN mode. with_dlas: it
+    counts what Orin's deep learning accelerators do beside the GPU.
+    """
 
     format: str
     tops: float
     sparse: bool
     boost_tops: float | None = None
+    with_dlas: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..names import ONNXRUNTIME, PRODUCTS
 from ..tables import columns
-from .devices import Target, load_target, target_names
+from .devices import Peak, Target, load_target, target_names
 from .made import Made, what_is_made
 from .tensorrt import Release, release_of
 
@@ -103,7 +103,7 @@ def _facts(target: Target) -> list[tuple[str, str]]:
         "shared_memory": shared,
         "bandwidth_gbs": f"{target.bandwidth_gbs:g} GB/s" if target.bandwidth_gbs else "",
         "boost_bandwidth_gbs": f"{target.boost_bandwidth_gbs:g} GB/s" if target.boost_bandwidth_gbs else "",
-        "peak": "; ".join(_peak_text(target)),
+        "peak": "; ".join(map(_peak_text, target.peak)),
         "native_formats": ", ".join(target.native_formats),
         "default_precision": target.default_precision,
         "backend": f"{target.backend} (possible: {', '.join(target.backends)})",
@@ -118,9 +118,8 @@ def _facts(target: Target) -> list[tuple[str, str]]:
     return [(name, text) for name, text in texts.items() if text]
 
 
-def _peak_text(target: Target) -> list[str]:
-    return [
-        f"{peak.format} {peak.tops:g}{f' ({peak.boost_tops:g} boosted)' if peak.boost_tops else ''} "
-        f"T{'FLOPS' if peak.format.startswith(('fp', 'bf', 'nv')) else 'OPS'} {'sparse' if peak.sparse else 'dense'}"
-        for peak in target.peak
-    ]
+def _peak_text(peak: Peak) -> str:
+    unit = "TFLOPS" if peak.format.startswith(("fp", "bf", "nv")) else "TOPS"
+    boosted = f" ({peak.boost_tops:g} boosted)" if peak.boost_tops else ""
+    kind = f"{'sparse' if peak.sparse else 'dense'}{' with DLAs' if peak.with_dlas else ''}"
+    return f"{peak.format} {peak.tops:g}{boosted} {unit} {kind}"

@@ -92,15 +92,13 @@ def step_rate(step: Step, bandwidth_gbs: float | None, fp16_tflops: float | None
 def dense_tflops(target: Target, format: str = "fp16", *, boosted: bool = False) -> float | None:
     """The peak of products in `format`, in 10^12 operations a second, derived from whatever peak is known.
 
-    A sparse figure counts half, and the share of the DLAs is taken off where the target's sources say that they are
-    counted. None where no peak is known.
+    A sparse figure counts half, and the share of the DLAs is taken off where it has them. None where no peak is known.
     """
     known = [peak for peak in target.peak if peak.format in _FP16_OF]
     if not known or format not in _FP16_OF:
         return None
     nearest = min(known, key=lambda peak: abs(_FP16_OF[peak.format] - _FP16_OF[format]))
-    share = 1 - DLA_SHARE if "DLAs" in target.sources.get("peak", "") else 1.0
-    return _tops(nearest, boosted=boosted) * share * _FP16_OF[nearest.format] / _FP16_OF[format]
+    return _tops(nearest, boosted=boosted) * _FP16_OF[nearest.format] / _FP16_OF[format]
 
 
 def bandwidth(target: Target, *, boosted: bool = False) -> float | None:
@@ -110,4 +108,4 @@ def bandwidth(target: Target, *, boosted: bool = False) -> float | None:
 
 def _tops(peak: Peak, *, boosted: bool) -> float:
     tops = (peak.boost_tops if boosted else None) or peak.tops
-    return tops / 2 if peak.sparse else tops
+    return tops * (0.5 if peak.sparse else 1) * (1 - DLA_SHARE if peak.with_dlas else 1)

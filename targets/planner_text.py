@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import LlamaExportError
 from ..names import PRODUCTS, TRT, TRT_PRIMITIVE
 from ..tables import columns, size
-from .context import ContextChoice, budget_text, choose_context
+from .context import STATIC_CONTEXT, ContextChoice, budget_text, choose_context
 from .planner import DOES_NOT_FIT, FITS, USEFUL_CONTEXT, Assessment, Model, Speeds, Wish, assess
 from .planner_engine import DESKTOP_BYTES
 from .planner_speed import (
@@ -22,8 +22,6 @@ from .planner_speed import (
 )
 
 SCHEMA_VERSION = 1
-SHORT_CONTEXT = 8192
-"""Tokens for which the speed is told beside that of a longer fixed cache."""
 
 HEADER = (
     *("TARGET", "BACKEND", "WEIGHTS", "", "CACHE", "TOTAL", "OF USABLE", "CONTEXT"),
@@ -178,11 +176,11 @@ def _speed_notes(one: Assessment) -> Iterator[str]:
 
 def _with_short_context(one: Assessment) -> str:
     """How quick a fixed cache of a usual length would be."""
-    if one.context <= SHORT_CONTEXT:
+    if one.context <= STATIC_CONTEXT:
         return ""
     precision = one.wish.precision if one.model.native and one.wish.precision is None else one.precision
-    short = assess(one.target, one.made, one.model, replace(one.wish, precision=precision, context=SHORT_CONTEXT))
-    return f", {_range(short.speeds[0].decode)} tokens/s with {SHORT_CONTEXT:,} tokens"
+    short = assess(one.target, one.made, one.model, replace(one.wish, precision=precision, context=STATIC_CONTEXT))
+    return f", {_range(short.speeds[0].decode)} tokens/s with {STATIC_CONTEXT:,} tokens"
 
 
 def to_json(model: Model, origin: str, wish: Wish, found: Sequence[Assessment]) -> dict[str, Any]:

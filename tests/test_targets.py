@@ -230,7 +230,7 @@ def test_the_table_marks_assumptions_and_the_details_name_sources() -> None:
     details = "\n".join(listing.detail_lines(load_target("jetson-agx-orin-64gb")))
     for part in (
         "204.8 GB/s",
-        "int8 275 TOPS sparse",
+        "int8 275 TOPS sparse with DLAs",
         "TensorRT 10.3.0",
         "JetPack",
         "by which `llama-export engine` builds the engine on the Jetson",
