@@ -13,8 +13,9 @@ from .progress import Progress, Silent
 from .targets.choice import choose
 from .targets.devices import Target, load_target, target_names
 from .targets.made import what_is_made
-from .targets.planner import Assessment, Model, Wish, assess, needs_calibration
+from .targets.planner import Assessment, Model, Wish, assess
 from .targets.planner_text import detail_lines, table_lines, to_json
+from .targets.tensorrt import needs_calibration
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ def _of_all(source: ConfigSource, model: Model, options: PlanOptions) -> Forecas
 
 def _assess(target: Target, model: Model, wish: Wish) -> Assessment:
     """The size of calibrated weights can be told without calibrating them."""
-    made = what_is_made(target)
-    return assess(target, made, model, replace(wish, calibrated=needs_calibration(target, made, wish.precision)))
+    calibrated = wish.precision is not None and needs_calibration(target, wish.precision)
+    return assess(target, what_is_made(target), model, replace(wish, calibrated=calibrated))
 
 
 def _target(name: str, options: PlanOptions) -> Target:

@@ -97,7 +97,7 @@ class Terminal:
         if self._quiet:
             return
         self._stage = _Stage(plain(title), time.monotonic())
-        self._draw(self._stage, self._stage.title)
+        self._draw(self._stage.title)
 
     def advance(self, done_bytes: int, total_bytes: int) -> None:
         stage = self._stage
@@ -106,12 +106,12 @@ class Terminal:
         stage.total_bytes = total_bytes
         now = time.monotonic()
         if self._due(stage, now):
-            self._draw(stage, f"{stage.title}  {progress_figures(done_bytes, total_bytes, now - stage.began)}")
+            self._draw(f"{stage.title}  {progress_figures(done_bytes, total_bytes, now - stage.began)}")
 
     def share(self, done: float) -> None:
         stage = self._stage
         if stage is not None and self._due(stage, now := time.monotonic()):
-            self._draw(stage, f"{stage.title}  {share_figures(done, now - stage.began)}")
+            self._draw(f"{stage.title}  {share_figures(done, now - stage.began)}")
 
     def warn(self, text: str) -> None:
         label = f"{YELLOW}Warning:{PLAIN}" if self._colours else "Warning:"
@@ -136,9 +136,9 @@ class Terminal:
         self._clear()
         self._write(f"{text}\n")
         if self._stage is not None:
-            self._draw(self._stage, self._stage.title)
+            self._draw(self._stage.title)
 
-    def _draw(self, stage: _Stage, text: str) -> None:
+    def _draw(self, text: str) -> None:
         if self._redraws:
             width = shutil.get_terminal_size().columns - 1
             self._write(f"{CLEAR_LINE}{text[:width]}")

@@ -107,7 +107,7 @@ FLOATS: Mapping[str, Format] = {"F32": FP32, "F16": FP16, "BF16": BF16}
 """A checkpoint tensor's floating-point dtype -> the format that keeps it as it is."""
 
 PRECISIONS: Mapping[str, Format] = {format.name: format for format in (FP32, FP16, INT8, INT4)}
-"""What `--precision` takes, and the format that it gives to matrices."""
+"""What `--precision` takes for ONNX Runtime, and the format that it gives to matrices; `policy` has the others."""
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

@@ -10,7 +10,7 @@ from ..names import BACKENDS, SHORT_BACKENDS
 from ..tables import listed
 from .devices import Target
 from .jetpack import JETPACKS
-from .tensorrt import release_of
+from .tensorrt import needs_calibration, release_of
 
 FALLBACK_PRECISION = "fp16"
 """What every release of TensorRT runs, without calibration."""
@@ -33,14 +33,12 @@ def with_possible_precision(target: Target) -> Target:
     """`target` with a default precision that its TensorRT runs without calibration. Raises LlamaExportError when no
     engines are made for it.
     """
-    release = release_of(target)
+    release, precision = release_of(target), target.default_precision
     if release is None:
         return target
-    ability = release.ability(target.default_precision)
-    possible = target.default_precision in release.precisions(target.compute_capability)
-    if possible and ability is not None and not ability.calibrated:
+    if precision in release.precisions(target.compute_capability) and not needs_calibration(target, precision):
         return target
-    reason = f"{release.name} does not run {target.default_precision} here without calibration"
+    reason = f"{release.name} does not run {precision} here without calibration"
     sources = {**target.sources, "default_precision": reason}
     return replace(target, default_precision=FALLBACK_PRECISION, sources=MappingProxyType(sources))
 

@@ -1,10 +1,11 @@
-"""NVIDIA's system releases for Jetson, and what each brings."""
+"""NVIDIA's system releases for Jetson, and what each brings.
+
+Source: NVIDIA's JetPack and Jetson Linux release notes, read 2026-11.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-SOURCE = "NVIDIA's JetPack and Jetson Linux release notes, read 2026-11"
 
 
 @dataclass(frozen=True)

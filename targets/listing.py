@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from ..names import ONNXRUNTIME, PRODUCTS
+from ..names import PRODUCTS
 from ..tables import columns
 from .devices import Peak, Target, load_target, target_names
 from .made import Made, what_is_made
-from .tensorrt import Release, release_of
+from .tensorrt import release_of
 
 HEADER = ("TARGET", "DEVICE", "MEMORY", "BANDWIDTH", "BACKEND", "PRECISION", "A BUILD MAKES")
 ASSUMED = "*"
@@ -52,7 +52,7 @@ def to_json(target: Target) -> dict[str, Any]:
     """All facts of one target, and what a build makes; `tensorrt` is the release that an engine is made for."""
     facts = {item.name: getattr(target, item.name) for item in fields(Target)}
     made = what_is_made(target)
-    release = _release(target, made)
+    release = release_of(target)
     return {
         **facts,
         "peak": [vars(peak) for peak in target.peak],
@@ -61,13 +61,9 @@ def to_json(target: Target) -> dict[str, Any]:
     }
 
 
-def _release(target: Target, made: Made) -> Release | None:
-    return release_of(target) if made.backend != ONNXRUNTIME else None
-
-
 def _made_rows(target: Target, made: Made) -> list[tuple[str, str, str]]:
     """What a build makes, as (what, text, source)."""
-    release = _release(target, made)
+    release = release_of(target)
     graph = f"dialect {made.dialect}, opset {made.opset}, {made.activations} activations"
     if release is None:
         return [("for", PRODUCTS[made.backend], ""), ("graph", graph, ""), ("weights", ", ".join(made.precisions), "")]

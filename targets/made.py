@@ -12,7 +12,7 @@ from ..optimize.policy import Policy
 from ..runtime.bundle import CPU_PROVIDER, CUDA_PROVIDER
 from ..tables import listed
 from .devices import Target
-from .tensorrt import CALIBRATABLE, Release, release_of
+from .tensorrt import CALIBRATABLE, Release, needs_calibration, release_of
 
 DEVICE_PYTHON = (3, 10)
 """The oldest Python that the runtime runs on."""
@@ -83,27 +83,24 @@ def check_head_precision(target: Target, made: Made, precision: str, calibrated:
     if precision not in made.precisions:
         others = [word for word in made.precisions if word != precision]
         raise UsageError(
-            f"{_with_release(target, made)} has {listed(others)} weights, not {precision}: choose one of these"
+            f"{_with_release(target)} has {listed(others)} weights, not {precision}: choose one of these"
             f"{''.join(f', or {way}' for way in _other_ways(target, precision))}."
         )
-    release = release_of(target) if made.backend != ONNXRUNTIME else None
-    ability = release.ability(precision) if release else None
-    if ability is not None and ability.calibrated and not calibrated:
+    if not calibrated and needs_calibration(target, precision):
         others = [word for word in made.precisions if word != precision]
         raise UsageError(
-            f"{precision} on {_with_release(target, made)} quantises activations too, and their scales come from "
+            f"{precision} on {_with_release(target)} quantises activations too, and their scales come from "
             f"calibration: add --calibrate FILE, or choose {listed(others, 'or')}."
         )
 
 
-def _with_release(target: Target, made: Made) -> str:
+def _with_release(target: Target) -> str:
     """The target's name and what decides its precisions."""
-    if made.backend == ONNXRUNTIME:
-        return f"{target.name} with ONNX Runtime"
     release = release_of(target)
-    product = release.name if release else ""
+    if release is None:
+        return f"{target.name} with ONNX Runtime"
     gpus = f"compute capability {listed(target.compute_capability)}"
-    return f"{target.name} ({f'JetPack {target.jetpack}, ' if target.release else ''}{product}, {gpus})"
+    return f"{target.name} ({f'JetPack {target.jetpack}, ' if target.release else ''}{release.name}, {gpus})"
 
 
 def _other_ways(target: Target, precision: str) -> Iterator[str]:

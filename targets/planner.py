@@ -21,7 +21,7 @@ from .made import Made, check_head_precision, check_precision
 from .planner_engine import DESKTOP_BYTES, EngineBuild, engine_build
 from .planner_speed import USUAL_FILL, Range, Step, bandwidth, dense_tflops, step_rate
 from .planner_weights import Weights, weights_of
-from .tensorrt import release_of
+from .tensorrt import needs_calibration
 
 USEFUL_CONTEXT = 2048
 """Tokens that must fit for a default precision to be kept."""
@@ -181,13 +181,6 @@ def assess(target: Target, made: Made, model: Model, wish: Wish) -> Assessment:
     )
 
 
-def needs_calibration(target: Target, made: Made, precision: str | None) -> bool:
-    """Whether weights of `precision` take scales of activations there, which `build` finds with --calibrate."""
-    release = release_of(target) if made.backend != ONNXRUNTIME else None
-    ability = release.ability(precision) if release and precision else None
-    return ability is not None and ability.calibrated
-
-
 def _check(target: Target, made: Made, model: Model, wish: Wish) -> None:
     if wish.precision is not None:
         check_precision(target, made, wish.precision, wish.calibrated)
@@ -206,7 +199,7 @@ def _choices(target: Target, made: Made, wish: Wish, asked: str | None) -> list[
     if asked is None or wish.precision is not None or asked not in SMALLER:
         return [asked]
     smaller = [one for one in SMALLER[SMALLER.index(asked) + 1 :] if one in made.precisions]
-    return [asked, *(one for one in smaller if not needs_calibration(target, made, one))]
+    return [asked, *(one for one in smaller if not needs_calibration(target, one))]
 
 
 def _candidate(target: Target, made: Made, model: Model, wish: Wish, precision: str | None) -> _Candidate:

@@ -171,6 +171,13 @@ def release_of(target: Target) -> Release | None:
     return found
 
 
+def needs_calibration(target: Target, precision: str) -> bool:
+    """Whether weights of `precision` take scales of activations there, which `build` finds with --calibrate."""
+    release = release_of(target)
+    ability = release.ability(precision) if release else None
+    return ability is not None and ability.calibrated
+
+
 def _release_for_gpus(release: Release, target: Target) -> Release:
     foreign = [gpu for gpu in target.compute_capability if gpu not in release.ahead_of_time]
     if foreign:

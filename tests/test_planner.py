@@ -20,7 +20,6 @@ from llama_export.targets.planner import (
     Model,
     Wish,
     assess,
-    needs_calibration,
 )
 from llama_export.targets.planner_text import (
     context_choice,
@@ -33,7 +32,7 @@ from llama_export.targets.planner_text import (
     to_json,
 )
 from llama_export.targets.recipes import recipe_for
-from llama_export.targets.tensorrt import release_of
+from llama_export.targets.tensorrt import needs_calibration, release_of
 
 NAMES = [name for name in target_names() if name != "host"]
 
@@ -85,8 +84,8 @@ def test_a_precision_that_needs_calibration_is_not_chosen() -> None:
     """TensorRT's int8 takes samples, so fp16 gives way to int4."""
     orin = replace(with_memory("jetson-agx-orin-32gb", 10), default_precision="fp16")
     assert plan("llama-3.1-8b", orin).precision == "int4"
-    assert needs_calibration(orin, what_is_made(orin), "int8")
-    assert not needs_calibration(orin, what_is_made(orin), "int4")
+    assert needs_calibration(orin, "int8")
+    assert not needs_calibration(orin, "int4")
 
 
 def test_a_precision_that_was_asked_for_stays() -> None:
