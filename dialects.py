@@ -13,7 +13,7 @@ from .names import ORT, TRT, TRT_PRIMITIVE
 from .optimize.plan import column_orders
 from .optimize.requirements import WINDOW_MINIMUM_ONNXRUNTIME
 from .runtime.bundle import CUDA_PROVIDER
-from .targets.tensorrt import Release, release_of
+from .targets.tensorrt import Release
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -33,9 +33,8 @@ def lower(model: ir.Model, plan: BuildPlan, rotary: tuple[Float32, Float32], inp
     where that is not quantised.
     """
     (_lower_ort if plan.made.dialect == ORT else _lower_tensorrt)(model, plan, rotary, inputs)
-    release = release_of(plan.target)
-    if release is not None:
-        _refuse_unsupported(model, release)
+    if plan.made.release is not None:
+        _refuse_unsupported(model, plan.made.release)
 
 
 def _refuse_unsupported(model: ir.Model, release: Release) -> None:

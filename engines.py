@@ -14,26 +14,34 @@ from .runtime.bundle import DATA_FILE, EngineRecord, Manifest
 from .targets.engine_plans import build_plans
 from .targets.engine_process import Built
 from .targets.recipes import recipe_for
-from .targets.tensorrt import release_of
+from .targets.tensorrt import Release
+
+LEAST_HEADS = 4
+"""Of a model whose attention TensorRT-RTX 1.7 has a kernel for (seen: 1 to 3 heads of any size are refused)."""
 
 
-def engine_record(plan: BuildPlan) -> EngineRecord | None:
+def engine_record(release: Release | None) -> EngineRecord | None:
     """What the manifest says of engines before any is built; None for ONNX Runtime."""
-    release = release_of(plan.target)
     return None if release is None else EngineRecord(MODULES[release.backend], release.version)
 
 
 def need_builder(plan: BuildPlan) -> None:
-    """Raise LlamaExportError where the engines are to be built here and the packages for it are not."""
-    release = release_of(plan.target)
-    if release is not None and release.ahead_of_time:
-        packages = (MODULES[release.backend], "polygraphy")
-        missing = [name for name in packages if importlib.util.find_spec(name) is None]
-        if missing:
-            raise LlamaExportError(
-                f"Building engines for {plan.target.name} needs packages that are not installed here "
-                f"({', '.join(missing)}): run `pip install 'llama-export[rtx]'`, or choose --backend onnxruntime."
-            )
+    """Raise LlamaExportError where the engines are to be built here and cannot be: packages or kernels are missing."""
+    release = plan.made.release
+    if release is None or not release.ahead_of_time:
+        return
+    packages = (MODULES[release.backend], "polygraphy")
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise LlamaExportError(
+            f"Building engines for {plan.target.name} needs packages that are not installed here "
+            f'({", ".join(missing)}): run `pip install "llama-export[rtx]"`, or choose --backend onnxruntime.'
+        )
+    if plan.source.shape.heads < LEAST_HEADS:
+        raise LlamaExportError(
+            f"{release.name} has no attention kernel for a model of {plan.source.shape.heads} heads, only for "
+            f"{LEAST_HEADS} and more; choose --backend onnxruntime."
+        )
 
 
 def write_engines(
@@ -43,7 +51,7 @@ def write_engines(
 
     Returns the manifest with these, and what building took, None where only the device can build.
     """
-    release = release_of(plan.target)
+    release = plan.made.release
     assert release is not None, f"{plan.made.backend} has no engines"
     recipe = recipe_for(
         release,

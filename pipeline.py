@@ -238,7 +238,7 @@ def _manifest(plan: BuildPlan) -> Manifest:
         providers=plan.made.providers,
         adapters=tuple(_adapter_record(adapter, merged=plan.merged) for adapter in plan.adapters),
         backend=plan.made.backend,
-        engine=engine_record(plan),
+        engine=engine_record(plan.made.release),
         tools=tool_versions(),
         notes=(*plan.made.notes, *source.notes, *model_notes(source.config, plan.context.context)),
     )

@@ -9,7 +9,6 @@ from ..names import PRODUCTS
 from ..tables import columns
 from .devices import Peak, Target, load_target, target_names
 from .made import Made, what_is_made
-from .tensorrt import release_of
 
 HEADER = ("TARGET", "DEVICE", "MEMORY", "BANDWIDTH", "BACKEND", "PRECISION", "A BUILD MAKES")
 ASSUMED = "*"
@@ -52,18 +51,18 @@ def to_json(target: Target) -> dict[str, Any]:
     """All facts of one target, and what a build makes; `tensorrt` is the release that an engine is made for."""
     facts = {item.name: getattr(target, item.name) for item in fields(Target)}
     made = what_is_made(target)
-    release = release_of(target)
+    makes = {name: value for name, value in vars(made).items() if name != "release"}
     return {
         **facts,
         "peak": [vars(peak) for peak in target.peak],
         "sources": dict(target.sources),
-        "makes": {**vars(made), "tensorrt": release.version if release else None},
+        "makes": {**makes, "tensorrt": made.release.version if made.release else None},
     }
 
 
 def _made_rows(target: Target, made: Made) -> list[tuple[str, str, str]]:
     """What a build makes, as (what, text, source)."""
-    release = release_of(target)
+    release = made.release
     graph = f"dialect {made.dialect}, opset {made.opset}, {made.activations} activations"
     if release is None:
         return [("for", PRODUCTS[made.backend], ""), ("graph", graph, ""), ("weights", ", ".join(made.precisions), "")]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..errors import LlamaExportError, UsageError
-from ..names import ONNXRUNTIME, ORT, PRODUCTS, TENSORRT, TENSORRT_RTX
+from ..names import ONNXRUNTIME, ORT, PRODUCTS, TENSORRT
 from ..optimize import policy
 from ..optimize.policy import Policy
 from ..runtime.bundle import CPU_PROVIDER, CUDA_PROVIDER
@@ -16,9 +16,6 @@ from .tensorrt import CALIBRATABLE, Release, needs_calibration, release_of
 
 DEVICE_PYTHON = (3, 10)
 """The oldest Python that the runtime runs on."""
-
-BLOCKS_SINCE = 21
-"""The opset whose DequantizeLinear has blocks."""
 
 ORT_OPSET = 21
 ORT_PRECISIONS = ("fp32", "fp16", "int8", "int4")
@@ -31,7 +28,7 @@ class Made:
     backend: one of `names.BACKENDS`; dialect, opset: of the graph; activations: "float32" or "float16", which is also
     the cache's; providers: of ONNX Runtime, in order, which for TensorRT run the same graph as the fallback;
     precisions: of weights that can be asked for; summary: the bundle in a few words, for a table; notes: whole
-    sentences for the user.
+    sentences for the user; release: of TensorRT, None for ONNX Runtime.
     """
 
     backend: str
@@ -42,16 +39,13 @@ class Made:
     precisions: tuple[str, ...]
     summary: str
     notes: tuple[str, ...]
+    release: Release | None = None
 
     def policy(self, *, calibrated: bool = False) -> Policy:
         """The formats of weights that its graph can hold; `calibrated`: where activations are quantised too."""
-        if self.backend == ONNXRUNTIME:
+        if self.release is None:
             return policy.ORT
-        if self.backend == TENSORRT_RTX:
-            found = policy.TENSORRT_RTX
-        else:
-            found = policy.TENSORRT_8 if self.opset < BLOCKS_SINCE else policy.TENSORRT
-        return found.calibrated() if calibrated else found
+        return self.release.policy.calibrated() if calibrated else self.release.policy
 
     @property
     def on_cpu(self) -> bool:
@@ -132,6 +126,7 @@ def _engines(target: Target, release: Release) -> Made:
         precisions=release.precisions(target.compute_capability),
         summary=what,
         notes=(*(_ahead_notes(target, release) if ahead else _recipe_notes(target, release)),),
+        release=release,
     )
 
 

@@ -155,10 +155,8 @@ def assess(target: Target, made: Made, model: Model, wish: Wish) -> Assessment:
     wanted = wish.context or min(USEFUL_CONTEXT, model.shape.max_positions)
     best = max(candidates, key=lambda one: one.largest)
     chosen = next((one for one in candidates if one.largest >= wanted), best if best.largest else candidates[-1])
-    fits = chosen.largest >= wanted
-    usual = usual_context(chosen.load, chosen.largest) or min(STEP, model.shape.max_positions)
-    context = wish.context if fits and wish.context else usual if wish.context is None else chosen.largest or usual
-    verdict = DOES_NOT_FIT if not chosen.largest else FITS if fits and chosen.precision == asked else FITS_WITH
+    context = _context(chosen, wish.context, model.shape.max_positions)
+    verdict = _verdict(chosen, wanted, as_asked=chosen.precision == asked)
     taken = need(chosen.load, context)
     names = (asked or str(model.native), chosen.precision or str(model.native))
     return Assessment(
@@ -179,6 +177,19 @@ def assess(target: Target, made: Made, model: Model, wish: Wish) -> Assessment:
         engine=engine_build(target, made, chosen.weights.total),
         speeds=_speeds(target, made, model, wish, chosen, context) if chosen.largest else (),
     )
+
+
+def _context(chosen: _Candidate, requested: int | None, max_positions: int) -> int:
+    """The tokens that the numbers are for: as asked for where they fit, else what fits, or the least there is."""
+    if not chosen.largest:
+        return min(STEP, max_positions)
+    return usual_context(chosen.load, chosen.largest) if requested is None else min(requested, chosen.largest)
+
+
+def _verdict(chosen: _Candidate, wanted: int, *, as_asked: bool) -> str:
+    if not chosen.largest:
+        return DOES_NOT_FIT
+    return FITS if chosen.largest >= wanted and as_asked else FITS_WITH
 
 
 def _check(target: Target, made: Made, model: Model, wish: Wish) -> None:

@@ -13,6 +13,8 @@ from types import MappingProxyType
 
 from ..errors import LlamaExportError
 from ..names import ONNXRUNTIME, PRODUCTS, TENSORRT, TENSORRT_RTX, TRT, TRT_PRIMITIVE
+from ..optimize import policy
+from ..optimize.policy import Policy
 from ..tables import listed
 from .devices import Target
 from .jetpack import JETPACKS, JetPack
@@ -44,8 +46,8 @@ class Release:
     """One release of TensorRT or TensorRT-RTX.
 
     dialect, opset: of the graph that its parser takes. strongly_typed: networks keep the graph's types; otherwise the
-    builder chooses them by flags. ahead_of_time: compute capabilities for which it builds engines on a computer
-    without that GPU.
+    builder chooses them by flags. policy: the formats of weights that its graphs can hold. ahead_of_time: compute
+    capabilities for which it builds engines on a computer without that GPU.
     """
 
     backend: str
@@ -53,6 +55,7 @@ class Release:
     dialect: str
     opset: int
     strongly_typed: bool
+    policy: Policy
     abilities: tuple[Ability, ...]
     source: str
     ahead_of_time: tuple[str, ...] = ()
@@ -104,13 +107,23 @@ CALIBRATABLE = ("int8", "fp8")
 NEWEST_TENSORRT, NEWEST_RTX = "11.4.1", "1.7.1"
 
 _ALL = (
-    Release(TENSORRT, "8.6.2", TRT_PRIMITIVE, 17, False, (_FP16, _W8A8), f"{PARSER_TABLE} of 8.6: up to opset 17"),
+    Release(
+        TENSORRT,
+        "8.6.2",
+        TRT_PRIMITIVE,
+        17,
+        False,
+        policy.TENSORRT_8,
+        (_FP16, _W8A8),
+        f"{PARSER_TABLE} of 8.6: up to opset 17",
+    ),
     Release(
         TENSORRT,
         "10.3.0",
         TRT_PRIMITIVE,
         21,
         True,
+        policy.TENSORRT,
         (_FP16, _W8A8, _INT4, _FP8),
         OPSET_21,
     ),
@@ -120,6 +133,7 @@ _ALL = (
         TRT_PRIMITIVE,
         21,
         True,
+        policy.TENSORRT,
         (_FP16, _W8A8, _INT4, _FP8),
         f"{OPSET_21}; Attention comes with 10.14, RotaryEmbedding, RMSNormalization and TensorScatter with 10.15",
     ),
@@ -129,6 +143,7 @@ _ALL = (
         TRT,
         24,
         True,
+        policy.TENSORRT,
         (_FP16, _W8A8, _INT4, _FP8, _NVFP4),
         f"{PARSER_TABLE} of 10.15: opsets 9 to 24",
     ),
@@ -138,10 +153,21 @@ _ALL = (
         TRT,
         24,
         True,
+        policy.TENSORRT,
         (_FP16, _W8A8, _INT4, _FP8, _NVFP4),
         "NVIDIA's ONNX opset guide for 11.x: up to opset 25; weak typing is removed with 11.0",
     ),
-    Release(TENSORRT_RTX, NEWEST_RTX, TRT, 24, True, _RTX, MEASURED_RTX, ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")),
+    Release(
+        TENSORRT_RTX,
+        NEWEST_RTX,
+        TRT,
+        24,
+        True,
+        policy.TENSORRT_RTX,
+        _RTX,
+        MEASURED_RTX,
+        ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
+    ),
 )
 
 RELEASES: Mapping[tuple[str, str], Release] = MappingProxyType({(item.backend, item.version): item for item in _ALL})

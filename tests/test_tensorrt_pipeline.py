@@ -118,7 +118,15 @@ def test_an_rtx_card_gets_an_engine_without_a_gpu(
 def test_a_missing_builder_is_told_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "polygraphy" else found(name, *a))
-    with pytest.raises(LlamaExportError, match=r"\(polygraphy\): run `pip install 'llama-export\[rtx\]'`"):
+    with pytest.raises(LlamaExportError, match=r'\(polygraphy\): run `pip install "llama-export\[rtx\]"`'):
+        make(tmp_path, "rtx-4090")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_model_of_too_few_heads_for_rtx_is_told_before_anything_is_made(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'llama-export[rtx]'")
+    write_llama_folder(tmp_path / "llama", heads=3, kv_heads=1, head_dim=16, hidden=48)
+    with pytest.raises(LlamaExportError, match="no attention kernel for a model of 3 heads"):
         make(tmp_path, "rtx-4090")
     assert not (tmp_path / "bundle").exists()
 
