@@ -145,6 +145,8 @@ def verify(bundle: Path, *, no_hash: bool, json_file: Path | None, quiet: bool, 
 @quiet_option
 def plan(*, as_json: bool, quiet: bool, **options: Any) -> None:
     """Say whether a model fits, and how fast it would be; reads its config, and no weights."""
+    if Path(options["model"]).expanduser().exists():
+        need_extra("build", ("ml_dtypes", "gguf", "huggingface_hub"), "Planning a model on this disk")
     from .forecast import PlanOptions, forecast
 
     with Terminal(quiet=quiet) as progress:

@@ -98,8 +98,8 @@ def _refuse_other(bundle: Bundle, asked: str) -> None:
     if asked not in (made_for, ONNXRUNTIME):
         runs = " or ".join(dict.fromkeys((made_for, ONNXRUNTIME)))
         raise UsageError(
-            f"The bundle {bundle.path} is made for {made_for}: run it with {runs}, or build one with "
-            f"`--backend {asked}`."
+            f"The bundle {bundle.path} is made for {made_for}: run it with {runs}, or build "
+            f"one for a target that has {asked}."
         )
 
 

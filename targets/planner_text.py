@@ -35,7 +35,7 @@ def table_lines(found: Sequence[Assessment]) -> list[str]:
     return [
         *columns([HEADER, *map(_row, found)]),
         "",
-        "CACHE and TOTAL are for CONTEXT, the most tokens that fit where none was asked for.",
+        "CACHE and TOTAL are for CONTEXT: where none was asked for, what fits, at most 8,192 where the cache is fixed.",
         f"Speeds are predicted, not measured; {UNKNOWN} where bandwidth or peak is unknown, or the CPU computes.",
         "`-t NAME` shows how the figures of one target come about.",
     ]
@@ -260,7 +260,7 @@ def _engine_rows(one: Assessment) -> list[tuple[str, str, str]]:
     elif engine.headless:
         advice = ": close the desktop first"
     else:
-        advice = ": more than it has, build the engine on a larger module of the same kind"
+        advice = ": more than it has; `engine --force` with swap may do, or take a larger module"
     return [("engine build", size(engine.peak_bytes), f"{where}, an estimate{advice}")]
 
 
@@ -280,7 +280,9 @@ def _range(found: Range | None) -> str:
 
 
 def _repacked(one: Assessment) -> str:
-    return "repacked by ONNX Runtime's CPU kernels" if one.load.on_cpu else "with an adapter"
+    if one.load.on_cpu:
+        return "repacked by ONNX Runtime's CPU kernels"
+    return "with fp16 in the layouts of prompts and of single tokens" if one.engine else "with an adapter"
 
 
 def _tokens(one: Assessment, *, of_all: bool) -> str:

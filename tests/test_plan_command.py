@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -272,3 +273,12 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
 )
 def test_published_llamas_are_known_by_their_names(asked: str, name: str) -> None:
     assert open_config(asked).name == name
+
+
+def test_a_model_on_the_disk_takes_the_build_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "gguf" else found(name, *a))
+    refused = call("plan", "-m", str(tmp_path), "-t", "cpu")
+    assert refused.exit_code == 1
+    assert "Planning a model on this disk needs packages that are not installed here (gguf)" in refused.stderr
+    assert call("plan", "-m", "llama-3.2-1b", "-t", "cpu").exit_code == 0, "a published name needs none"

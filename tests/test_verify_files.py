@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner, Result
 from llama_export.cli import main
 from llama_export.errors import LlamaExportError
-from llama_export.runtime import weights
 from llama_export.runtime.bundle import Bundle
+from llama_export.runtime.stored_numbers import bytes_at
 from support.tiny_bundle import write_bundle
 
 pytest.importorskip("onnxruntime", reason="a bundle needs ONNX Runtime")
@@ -86,7 +86,7 @@ def test_reading_goes_on_until_all_is_there(tmp_path: Path, kind: Callable[[Path
     path = tmp_path / "data"
     path.write_bytes(bytes(range(200)))
     with kind(path) as file:
-        assert weights._bytes_at(190, 10, file) == bytes(range(190, 200))
-        assert weights._bytes_at(5, 100, file) == bytes(range(5, 105))
+        assert bytes_at(190, 10, file) == bytes(range(190, 200))
+        assert bytes_at(5, 100, file) == bytes(range(5, 105))
         with pytest.raises(LlamaExportError, match="became shorter while it was read"):
-            weights._bytes_at(190, 11, file)
+            bytes_at(190, 11, file)

@@ -159,7 +159,7 @@ def test_every_command_of_a_device_runs_without_what_windows_lacks(tmp_path: Pat
         ["run", bundle, "Once", "--max-new-tokens", "3", "--threads", "1"],
         *(["doctor"], ["targets"], ["targets", "rtx-4090"], ["engine", other]),
     ]
-    code = WITHOUT.format(tests=str(ROOT / "tests"), modules=modules, commands=commands)
+    code = WITHOUT.format(tests=str(Path(__file__).parent), modules=modules, commands=commands)
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
