@@ -42,7 +42,9 @@ class Check:
 
 @dataclass(frozen=True)
 class Verdict:
-    """longest: tokens of the longest text that was replayed; notes: the manifest's."""
+    """longest: tokens of the longest text that was replayed; notes: the manifest's; engine: whether one of TensorRT
+    computed, None for a bundle that has none.
+    """
 
     bundle: str
     backend: str
@@ -51,6 +53,7 @@ class Verdict:
     seconds: float
     longest: int
     notes: tuple[str, ...]
+    engine: bool | None = None
 
     @property
     def passed(self) -> bool:
@@ -66,7 +69,8 @@ class Verdict:
             f"Texts of {self.longest} tokens were replayed; docs/parity.md tells what they cannot reach.",
             *self.notes,
         ]
-        return [*lines, "", *told, "", f"FAILED: {'; '.join(failed)}" if failed else "passed"]
+        passed = "passed on the CPU; no engine was checked" if self.engine is False else "passed"
+        return [*lines, "", *told, "", f"FAILED: {'; '.join(failed)}" if failed else passed]
 
     def to_json(self) -> dict[str, object]:
         """The verdict for programs; infinite figures (NaN logits) are null."""
@@ -90,5 +94,6 @@ class Verdict:
             "passed": self.passed,
             "checks": checks,
             "longest": self.longest,
+            "engine": self.engine,
             "notes": list(self.notes),
         }

@@ -117,7 +117,8 @@ def verify(
             raise
         checks.append(Check("Not compared any further", (), (str(error),)))
     seconds = time.perf_counter() - began
-    return Verdict(str(bundle.path), run.name, positions, tuple(checks), seconds, longest, run.notes)
+    used = None if bundle.manifest.engine is None else choice.engine is not None
+    return Verdict(str(bundle.path), run.name, positions, tuple(checks), seconds, longest, run.notes, used)
 
 
 class _Run:

@@ -50,6 +50,8 @@ def proven(path: Path) -> Any:
     bundle = open_bundle(path)
     verdict = verify(bundle, check_hashes=True, threads=2, progress=Silent())
     assert verdict.passed, "\n".join(verdict.lines())
+    assert verdict.engine is (None if bundle.manifest.engine is None else False)
+    assert verdict.lines()[-1] == ("passed" if verdict.engine is None else "passed on the CPU; no engine was checked")
     return bundle
 
 

@@ -102,6 +102,7 @@ def test_the_report_for_programs_is_stable(built: Built, tmp_path: Path) -> None
         "passed",
         "checks",
         "longest",
+        "engine",
         "notes",
     ]
     assert (verdict["schema_version"], verdict["bundle"]) == (1, str(built("int4")))
