@@ -163,7 +163,7 @@ def test_the_fallback_tells_why_and_writes_the_same_text(bundle: Bundle, tmp_pat
     ("asked", "message"),
     [
         ("tensor-rt", r"no backend 'tensor-rt', only onnxruntime, tensorrt, tensorrt-rtx\. Did you mean 'tensorrt'\?"),
-        ("tensorrt-rtx", r"made for tensorrt: run it with tensorrt or onnxruntime, or build one with `--backend tenso"),
+        ("tensorrt-rtx", r"made for tensorrt: run it with tensorrt or onnxruntime, or build one for a target that has"),
     ],
 )
 def test_backends_that_it_has_not(bundle: Bundle, asked: str, message: str) -> None:
