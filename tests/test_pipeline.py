@@ -198,7 +198,10 @@ def test_the_report_for_programs_is_stable(tmp_path: Path) -> None:
     result = call("build", "-m", folder, "-t", "cpu", "-o", tmp_path / "out", "--no-reference", "--json", "--quiet")
     assert (result.exit_code, result.stderr) == (0, "")
     report = json.loads(result.stdout)
-    assert list(report) == ["schema_version", "output", "bytes", "seconds", "context", "notes", "losses", "manifest"]
+    assert list(report) == [
+        *("schema_version", "output", "bytes", "seconds", "context", "notes", "engine", "losses", "manifest"),
+    ]
+    assert report["engine"] is None
     assert list(report["seconds"]) == ["open", "trace", "lower", "write", "seal"]
     assert report["manifest"] == manifest_of(tmp_path / "out")
     assert report["bytes"] == sum(record["size"] for record in report["manifest"]["files"].values())
