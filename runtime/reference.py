@@ -1,31 +1,27 @@
-"""What PyTorch computed, as it travels in a bundle: `reference/reference.json` and `reference/logits.npz`.
+"""What PyTorch computed: the facts of a reference. `reference_file` stores them.
 
-Of each position's logits the file keeps the top 64 with exact values, the log of the sum of exponentials, and a fixed
-random set of 256 vocabulary entries, which catches errors in the tail. So hundreds of positions stay below 2 MB.
+Two kinds, never mixed. `exact`: with the weights as a bundle stores them, dequantised; it answers whether the bundle is
+correct. `original`: with the checkpoint's own weights; it answers what quantisation cost.
+
+Of each position's logits a reference keeps the top 64 with exact values, the log of the sum of exponentials, and a
+fixed random set of 256 vocabulary entries, which catches errors in the tail. So hundreds of positions stay below 1 MB.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import hashlib
-import json
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import LlamaExportError
 from .arrays import Float32, Float64, Int32
-from .bundle import REFERENCE_FILES, reference_folder
-from .decode_json import decode
-from .npz import read_array
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+EXACT, ORIGINAL = "exact", "original"
+KINDS = (EXACT, ORIGINAL)
 ORDER = "order"
 """The role of the initializer that says which column each stored column is, and the format of such initializers."""
 INDEX = "index"
@@ -34,22 +30,17 @@ GLOBAL = "global"
 """The role of the one number by which the scales of a tensor are multiplied."""
 TOP = 64
 SAMPLES = 256
-_INDEX, _LOGITS = REFERENCE_FILES
-_MAX_BYTES = 64 << 20
-"""Of each file, and of its arrays when they are unpacked."""
-_MAX_VOCAB = 1 << 24
-_MAX_RANK, _MAX_SIZE = 4, 1 << 31
-"""Of a weight, or of a table that a graph has."""
-_ROW_BYTES = 8 * TOP + 8 + 4 * SAMPLES
-"""What is kept of one position."""
+CHANNELS = 32
+"""Numbers that are kept of a hidden state, of the keys and of the values of one position."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """ids: the prompt's tokens and then the greedy continuation; the first `prompt_tokens` are the prompt. Both lengths
-    are the same for all prompts of a reference, which are replayed as one batch.
+    """ids: the prompt's tokens and then the greedy continuation; the first `prompt_tokens` are the prompt. text: what
+    the tokenizer was given, with the chat template's words where it was a conversation.
 
-    proven: continuation tokens that are also the argmax of PyTorch's logits.
+    proven: leading tokens of the continuation that are the argmax of this reference's logits: all of an exact
+    reference, of which the original one takes over the ids.
     """
 
     name: str
@@ -81,25 +72,71 @@ class WeightRecord:
 
 
 @dataclass(frozen=True)
+class Identity:
+    """Which model a reference is of. model_sha256: of the checkpoint, as its manifest's `model.sha256`;
+    tokenizer_sha256: of tokenizer.json; the sizes as in the model's config.
+    """
+
+    model_sha256: str
+    tokenizer_sha256: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+
+@dataclass(frozen=True)
 class Index:
-    """reference.json. vocab: size of the logits; weights: the checkpoint's tensors; tables: cos and sin of the rotary
-    embedding; tools: versions of what computed them.
+    """What a reference is, beside its numbers. dtype: of the checkpoint's weights, computed with in float32. precision:
+    of the bundle that an exact one is for. adapter: that is laid over the weights, None for none or merged ones.
+    weights, tables: of an exact one: the checkpoint's tensors, and what else the graph holds, such as cos and sin of
+    the rotary embedding. layers: of which `Layers` keeps something. full: all logits are kept, `Logits.full`. tools:
+    versions of what computed them.
     """
 
     schema_version: int
+    kind: str
     model_id: str
     revision: str | None
-    vocab: int
+    dtype: str
+    precision: str | None
+    adapter: str | None
+    identity: Identity
     prompts: tuple[Prompt, ...]
     weights: tuple[WeightRecord, ...]
     tables: tuple[WeightRecord, ...]
+    layers: tuple[int, ...]
+    full: bool
     tools: Mapping[str, str]
+
+    @property
+    def vocab(self) -> int:
+        return self.identity.vocab
+
+    @property
+    def positions(self) -> int:
+        """Of all prompts together."""
+        return sum(len(prompt.ids) for prompt in self.prompts)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first position of each prompt among all, and at the end their number."""
+        lengths = [len(prompt.ids) for prompt in self.prompts]
+        return tuple(int(start) for start in np.cumsum([0, *lengths]))
+
+    @property
+    def marks(self) -> tuple[tuple[int, ...], ...]:
+        """The positions in each prompt of which `Layers` keeps something: the prompt's last token, and the last."""
+        return tuple(tuple(sorted({prompt.prompt_tokens - 1, len(prompt.ids) - 1})) for prompt in self.prompts)
 
 
 @dataclass(frozen=True)
 class Logits:
     """Of every position of every prompt, in order: top_ids, top_logits [n, 64]; logsumexp [n]; and sampled [n, 256],
-    the logits of the vocabulary entries sample_ids [256]. Fewer columns where the vocabulary is smaller.
+    the logits of the vocabulary entries sample_ids [256]. Fewer columns where the vocabulary is smaller. full: all
+    logits [n, vocab], where a reference keeps them.
     """
 
     top_ids: Int32
@@ -107,12 +144,18 @@ class Logits:
     logsumexp: Float64
     sample_ids: Int32
     sampled: Float32
+    full: Float32 | None = None
 
     def rows(self, start: int, stop: int) -> Logits:
         """The same of the positions [start, stop)."""
         part = slice(start, stop)
         return Logits(
-            self.top_ids[part], self.top_logits[part], self.logsumexp[part], self.sample_ids, self.sampled[part]
+            self.top_ids[part],
+            self.top_logits[part],
+            self.logsumexp[part],
+            self.sample_ids,
+            self.sampled[part],
+            None if self.full is None else self.full[part],
         )
 
     @staticmethod
@@ -122,24 +165,53 @@ class Logits:
         def stack(name: str) -> npt.NDArray[Any]:
             return np.concatenate([getattr(part, name) for part in parts])
 
+        full = stack("full") if all(part.full is not None for part in parts) else None
         ids = parts[0].sample_ids
-        return Logits(stack("top_ids"), stack("top_logits"), stack("logsumexp"), ids, stack("sampled"))
+        return Logits(stack("top_ids"), stack("top_logits"), stack("logsumexp"), ids, stack("sampled"), full)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Samples from inside, of the layers `Index.layers` at the positions `Index.marks`, all prompts' in order: hidden,
+    keys, values [layers, marks, channels]. hidden: after the decoder layer, at the channels hidden_ids [channels] of
+    its hidden size. keys (after the rotary embedding) and values: at the channels cache_ids [channels] of
+    kv_heads * head_dim, head by head.
+    """
+
+    hidden_ids: Int32
+    cache_ids: Int32
+    hidden: Float32
+    keys: Float32
+    values: Float32
 
 
 @dataclass(frozen=True)
 class Reference:
+    """layers: None where nothing from inside is kept."""
+
     index: Index
     logits: Logits
+    layers: Layers | None
+
+    def of_prompt(self, number: int) -> Logits:
+        """The logits of one prompt's positions."""
+        starts = self.index.starts
+        return self.logits.rows(starts[number], starts[number + 1])
+
+
+def chosen(size: int, count: int) -> Int32:
+    """`count` fixed random numbers below `size`, or all where there are fewer, in order."""
+    found = np.random.default_rng(0).choice(size, size=min(count, size), replace=False)
+    return np.sort(found).astype(np.int32)
 
 
 def sample_ids(vocab: int) -> Int32:
     """The fixed random vocabulary entries whose logits are kept, in order."""
-    chosen = np.random.default_rng(0).choice(vocab, size=min(SAMPLES, vocab), replace=False)
-    return np.sort(chosen).astype(np.int32)
+    return chosen(vocab, SAMPLES)
 
 
 def compress(logits: Float32) -> Logits:
-    """Keep of full logits [n, vocab] what the reference file keeps."""
+    """Keep of full logits [n, vocab] what a reference keeps."""
     vocab = logits.shape[1]
     count = min(TOP, vocab)
     top = np.argpartition(logits, vocab - count, axis=1)[:, vocab - count :]
@@ -183,109 +255,3 @@ def fingerprint(rows: Iterator[Float32]) -> tuple[str, float]:
     for part in rows:
         whole.add(part)
     return whole.value
-
-
-def save_reference(reference: Reference, bundle: Path, adapter: str | None = None) -> None:
-    """Write the reference into the folder of a bundle that is being made. adapter: whose it is."""
-    folder = bundle / reference_folder(adapter)
-    folder.mkdir(parents=True)
-    index = json.dumps(dataclasses.asdict(reference.index), indent=1, ensure_ascii=False)
-    (folder / _INDEX).write_text(index + "\n", encoding="utf-8")
-    np.savez_compressed(folder / _LOGITS, **dataclasses.asdict(reference.logits))
-
-
-def load_reference(bundle: Path, adapter: str | None = None) -> Reference:
-    """Read and check the reference of a bundle, or of one of its adapters.
-
-    Raises LlamaExportError when there is none or it is damaged.
-    """
-    index = load_index(bundle, adapter)
-    folder = bundle / reference_folder(adapter)
-    with _damage_as_one_sentence(folder):
-        return Reference(index, _read_logits(folder / _LOGITS, index))
-
-
-def load_index(bundle: Path, adapter: str | None = None) -> Index:
-    """Read and check the index alone; LlamaExportError when there is none or it is damaged."""
-    folder = bundle / reference_folder(adapter)
-    if not (folder / _INDEX).is_file():
-        raise LlamaExportError(
-            f"The bundle {bundle} has no reference to compare with, it was built with --no-reference; build it without."
-        )
-    with _damage_as_one_sentence(folder):
-        return _read_index(folder / _INDEX)
-
-
-@contextlib.contextmanager
-def _damage_as_one_sentence(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except LlamaExportError:
-        raise
-    except Exception as error:  # json, zipfile, zlib and NumPy each have kinds of their own for what is damaged
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise LlamaExportError(f"The reference in {folder} is damaged ({reason}); build the bundle again.") from error
-
-
-def _refuse_endless(path: Path) -> None:
-    if path.stat().st_size > _MAX_BYTES:
-        raise LlamaExportError(f"{path} is larger than any reference; build the bundle again.")
-
-
-def _read_index(path: Path) -> Index:
-    _refuse_endless(path)
-    value = json.loads(path.read_bytes())
-    version = value.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise LlamaExportError(
-            f"The reference has schema version {version!r}, but this llama-export reads {SCHEMA_VERSION}; upgrade it "
-            "or build the bundle again."
-        )
-    index = decode(Index, value, _INDEX)
-    for problem in _problems(index):
-        raise LlamaExportError(f"{path} has {problem}; build the bundle again.")
-    return index
-
-
-def _problems(index: Index) -> Iterator[str]:
-    if not 0 < index.vocab <= _MAX_VOCAB:
-        yield f"a vocabulary of {index.vocab}, which is out of range"
-    if len({(prompt.prompt_tokens, len(prompt.ids)) for prompt in index.prompts}) != 1:
-        yield "no prompts of one length"
-    for prompt in index.prompts:
-        if not 0 < prompt.prompt_tokens <= len(prompt.ids) or not all(0 <= token < index.vocab for token in prompt.ids):
-            yield f"a prompt {prompt.name!r} out of range"
-    if not index.weights:
-        yield "no weights"
-    for weight in (*index.weights, *index.tables):
-        if not 1 <= len(weight.shape) <= _MAX_RANK or not all(1 <= size <= _MAX_SIZE for size in weight.shape):
-            yield f"a weight {weight.name!r} of an impossible shape"
-        if not 0 <= weight.row <= _MAX_SIZE:
-            yield f"a weight {weight.name!r} out of range"
-    if _positions(index) * _ROW_BYTES > _MAX_BYTES:
-        yield "more tokens than any reference"
-
-
-def _positions(index: Index) -> int:
-    return sum(len(prompt.ids) for prompt in index.prompts)
-
-
-def _read_logits(path: Path, index: Index) -> Logits:
-    """The arrays, each read only when it is of the type and shape that the index says: no pickle is, and no bomb."""
-    _refuse_endless(path)
-    rows, top, samples = _positions(index), min(TOP, index.vocab), min(SAMPLES, index.vocab)
-    expected = {
-        "top_ids": (np.int32, (rows, top)),
-        "top_logits": (np.float32, (rows, top)),
-        "logsumexp": (np.float64, (rows,)),
-        "sample_ids": (np.int32, (samples,)),
-        "sampled": (np.float32, (rows, samples)),
-    }
-    with zipfile.ZipFile(path) as archive:
-        arrays = {name: read_array(archive, name, kind, shape, _MAX_BYTES) for name, (kind, shape) in expected.items()}
-    for name, array in arrays.items():
-        if array.dtype == np.int32 and not 0 <= array.min() <= array.max() < index.vocab:
-            raise LlamaExportError(f"{path} names tokens outside of the vocabulary; build the bundle again.")
-        if array.dtype != np.int32 and not np.isfinite(array).all():
-            raise LlamaExportError(f"{path} holds {name} that are not finite; build the bundle again.")
-    return Logits(**arrays)

@@ -1,39 +1,79 @@
-"""What `verify` finds: figures with their limits, by question, for people and for programs."""
+"""What `verify` finds: figures with their limits, by question, way and prompt."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import dataclass
 
-import numpy as np
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One figure and what it may be: at most `limit`, or at least where `at_least`."""
+    """One figure and what it may be: at most `limit`, or at least where `at_least`. figure: its id in files; name: for
+    people; reason: why that limit.
+    """
 
+    figure: str
     name: str
     measured: float
     limit: float
     at_least: bool = False
+    reason: str = ""
 
     @property
     def passed(self) -> bool:
         return bool(self.measured >= self.limit if self.at_least else self.measured <= self.limit)
 
     def __str__(self) -> str:
-        mark = "ok  " if self.passed else "FAIL"
-        return (
-            f"{mark} {self.name}: {self.measured:.3g} ({'at least' if self.at_least else 'at most'} {self.limit:.3g})"
-        )
+        bound = "at least" if self.at_least else "at most"
+        return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {self.measured:.3g} ({bound} {self.limit:.3g})"
+
+    def to_json(self) -> dict[str, object]:
+        """For programs; figures that are not finite (NaN logits) are null."""
+        return {
+            "figure": self.figure,
+            "name": self.name,
+            "measured": self.measured if math.isfinite(self.measured) else None,
+            "limit": self.limit,
+            "at_least": self.at_least,
+            "passed": self.passed,
+            "reason": self.reason,
+        }
 
 
 @dataclass(frozen=True)
-class Check:
-    """One question: a title, its gates, and what else is worth saying."""
+class Choice:
+    """One of the likeliest tokens of a position: its id, its text and its logit."""
 
-    title: str
+    token: int
+    text: str
+    logit: float
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A position that is worth looking at: the token there, and the five likeliest next ones on both sides."""
+
+    position: int
+    token: str
+    kl: float
+    difference: float
+    expected: tuple[Choice, ...]
+    found: tuple[Choice, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt in one way through the graph ("" where a check has none): its gates. kl: of each position; worst: the
+    positions with the largest.
+    """
+
     gates: tuple[Gate, ...]
-    details: tuple[str, ...] = ()
+    way: str = ""
+    prompt: str = ""
+    kl: tuple[float, ...] = ()
+    worst: tuple[Moment, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -41,9 +81,39 @@ class Check:
 
 
 @dataclass(frozen=True)
+class LayerFigure:
+    """How far a layer is from PyTorch, at most, relative to the largest number there: hidden state, keys, values; None
+    where it cannot be read.
+    """
+
+    layer: int
+    hidden: float | None
+    keys: float | None
+    values: float | None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question. id: "files", "weights", "full", "shipped", "engine", "cost", "layers", with the adapter's name
+    behind a colon where one is asked about; title: for people. error: why it could not be answered, a failure.
+    """
+
+    id: str
+    title: str
+    cases: tuple[Case, ...] = ()
+    details: tuple[str, ...] = ()
+    layers: tuple[LayerFigure, ...] = ()
+    error: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.error is None and all(case.passed for case in self.cases)
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """longest: tokens of the longest text that was replayed; notes: the manifest's; engine: whether one of TensorRT
-    computed, None for a bundle that has none.
+    """What one backend found. longest: tokens of the longest text that was replayed; notes: the manifest's; engine:
+    whether one of TensorRT computed, None for a bundle that has none.
     """
 
     bundle: str
@@ -59,41 +129,47 @@ class Verdict:
     def passed(self) -> bool:
         return all(check.passed for check in self.checks)
 
-    def lines(self) -> list[str]:
-        """The verdict for people."""
-        lines = [f"{self.bundle} on {self.backend}, {self.positions} positions, {self.seconds:.1f} s"]
-        for check in self.checks:
-            lines += ["", check.title, *(f"  {gate}" for gate in check.gates), *(f"  {text}" for text in check.details)]
-        failed = [f"{check.title}: {gate.name}" for check in self.checks for gate in check.gates if not gate.passed]
-        told = [
-            f"Texts of {self.longest} tokens were replayed; docs/parity.md tells what they cannot reach.",
-            *self.notes,
-        ]
-        passed = "passed on the CPU; no engine was checked" if self.engine is False else "passed"
-        return [*lines, "", *told, "", f"FAILED: {'; '.join(failed)}" if failed else passed]
-
     def to_json(self) -> dict[str, object]:
-        """The verdict for programs; infinite figures (NaN logits) are null."""
-        checks = []
-        for check in self.checks:
-            gates = [
-                {
-                    **asdict(gate),
-                    "measured": gate.measured if np.isfinite(gate.measured) else None,
-                    "passed": gate.passed,
-                }
-                for gate in check.gates
-            ]
-            checks.append({"title": check.title, "gates": gates, "details": list(check.details)})
+        """For programs: one of the runs of `verify --json`."""
         return {
-            "schema_version": 1,
-            "bundle": self.bundle,
             "backend": self.backend,
-            "positions": self.positions,
-            "seconds": round(self.seconds, 3),
-            "passed": self.passed,
-            "checks": checks,
-            "longest": self.longest,
             "engine": self.engine,
+            "passed": self.passed,
+            "positions": self.positions,
+            "longest": self.longest,
+            "seconds": round(self.seconds, 3),
+            "checks": [_check_json(check) for check in self.checks],
             "notes": list(self.notes),
         }
+
+
+def to_json(verdicts: tuple[Verdict, ...]) -> dict[str, object]:
+    """What `verify --json` writes: all runs of one bundle."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "bundle": verdicts[0].bundle,
+        "passed": all(verdict.passed for verdict in verdicts),
+        "runs": [verdict.to_json() for verdict in verdicts],
+    }
+
+
+def _check_json(check: Check) -> dict[str, object]:
+    return {
+        "id": check.id,
+        "title": check.title,
+        "passed": check.passed,
+        "error": check.error,
+        "cases": [
+            {
+                "way": case.way,
+                "prompt": case.prompt,
+                "passed": case.passed,
+                "gates": [gate.to_json() for gate in case.gates],
+            }
+            for case in check.cases
+        ],
+        "layers": [
+            {"layer": one.layer, "hidden": one.hidden, "keys": one.keys, "values": one.values} for one in check.layers
+        ],
+        "details": list(check.details),
+    }
