@@ -6,6 +6,19 @@ import math
 from dataclasses import dataclass
 
 SCHEMA_VERSION = 2
+_NEAR_ONE = 0.01
+
+
+def number(value: float) -> str:
+    """A figure for people, to three digits; those just below or above 1 by how far they are from it."""
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "infinite" if value > 0 else "-infinite"
+    away = abs(1 - value)
+    if 0 < away < _NEAR_ONE:
+        return f"{value:.{min(1 - math.floor(math.log10(away)), 12)}f}".rstrip("0").rstrip(".")
+    return f"{value:.3g}"
 
 
 @dataclass(frozen=True)
@@ -27,7 +40,7 @@ class Gate:
 
     def __str__(self) -> str:
         bound = "at least" if self.at_least else "at most"
-        return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {self.measured:.3g} ({bound} {self.limit:.3g})"
+        return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {number(self.measured)} ({bound} {number(self.limit)})"
 
     def to_json(self) -> dict[str, object]:
         """For programs; figures that are not finite (NaN logits) are null."""
@@ -66,7 +79,7 @@ class Moment:
 @dataclass(frozen=True)
 class Case:
     """One prompt in one way through the graph ("" where a check has none): its gates. kl: of each position; worst: the
-    positions with the largest.
+    positions with the largest. prompt_tokens: so many of `kl` come first that are the prompt's, 0 where it is not said.
     """
 
     gates: tuple[Gate, ...]
@@ -74,6 +87,7 @@ class Case:
     prompt: str = ""
     kl: tuple[float, ...] = ()
     worst: tuple[Moment, ...] = ()
+    prompt_tokens: int = 0
 
     @property
     def passed(self) -> bool:
@@ -96,6 +110,7 @@ class LayerFigure:
 class Check:
     """One question. id: "files", "weights", "full", "shipped", "engine", "cost", "layers", with the adapter's name
     behind a colon where one is asked about; title: for people. error: why it could not be answered, a failure.
+    seconds: it took, 0 where that was not measured apart.
     """
 
     id: str
@@ -104,6 +119,7 @@ class Check:
     details: tuple[str, ...] = ()
     layers: tuple[LayerFigure, ...] = ()
     error: str | None = None
+    seconds: float = 0.0
 
     @property
     def passed(self) -> bool:
