@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 _OBEYED = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160), *range(0xD800, 0xE000)])
 """All control characters but tab and line end, and halves of surrogate pairs, which cannot be written."""
+_JOINING, _WIDE = frozenset({"Mn", "Me", "Cf"}), frozenset({"W", "F"})
 
 
 def plain(text: str) -> str:
@@ -18,11 +20,35 @@ def listed(words: Sequence[str], last: str = "and") -> str:
     return f" {last} ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
+def width(text: str) -> int:
+    """Columns of a terminal that `text` takes: two for a wide character, none for one that joins what is before it
+    (Unicode Standard Annex 11).
+    """
+    return sum(map(_width, text))
+
+
+def _width(character: str) -> int:
+    if unicodedata.category(character) in _JOINING:
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in _WIDE else 1
+
+
+def clipped(text: str, most: int) -> str:
+    """`text` as one plain line of at most `most` columns, with "…" where its end was left out."""
+    taken = text[: 8 * most]
+    line = " ".join(plain(taken).split())
+    if len(taken) == len(text) and width(line) <= most:
+        return line
+    while width(line) > most - 1:
+        line = line[:-1]
+    return f"{line}…"
+
+
 def columns(rows: Sequence[Sequence[str]], *, indent: str = "") -> list[str]:
     """Lines in which every column but the last is as wide as its widest cell; rows are of one length."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    widths = [max(map(width, column)) for column in zip(*rows, strict=True)]
     return [
-        (indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip()
+        (indent + "  ".join(cell + " " * (most - width(cell)) for cell, most in zip(row, widths, strict=True))).rstrip()
         for row in rows
     ]
 

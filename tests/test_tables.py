@@ -1,7 +1,7 @@
 """Columns line up, and sizes keep three digits."""
 
 import pytest
-from llama_export.tables import columns, plain, size
+from llama_export.tables import clipped, columns, plain, size, width
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,27 @@ def test_sizes(count: int, text: str) -> None:
 
 def test_columns() -> None:
     assert columns([("a", "long", "x"), ("bbb", "b", "")], indent="> ") == ["> a    long  x", "> bbb  b"]
+
+
+def test_wide_and_joining_characters_count_as_a_terminal_shows_them() -> None:
+    assert [width(text) for text in ("abc", "東京", "e\u0301", "a\u200d", "")] == [3, 4, 1, 1, 0]
+    assert columns([("東京", "x"), ("abc", "y")]) == ["東京  x", "abc   y"]
+
+
+@pytest.mark.parametrize(
+    ("text", "most", "line"),
+    [
+        ("short", 5, "short"),
+        ("longer", 5, "long…"),
+        ("東京都", 5, "東京…"),
+        ("a\nb\t\x1b[31mc", 20, "a b [31mc"),
+        ("x" * 10_000, 4, "xxx…"),
+        (" " * 10_000 + "x", 4, "…"),
+    ],
+)
+def test_clipped(text: str, most: int, line: str) -> None:
+    assert clipped(text, most) == line
+    assert width(line) <= most
 
 
 def test_nothing_that_a_terminal_obeys_is_left() -> None:
