@@ -39,8 +39,8 @@ class Gate:
         return bool(self.measured >= self.limit if self.at_least else self.measured <= self.limit)
 
     def __str__(self) -> str:
-        bound = "at least" if self.at_least else "at most"
-        return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {number(self.measured)} ({bound} {number(self.limit)})"
+        mark, bound = "ok  " if self.passed else "FAIL", "at least" if self.at_least else "at most"
+        return f"{mark} {self.name}: {number(self.measured)} ({bound} {number(self.limit)})"
 
     def to_json(self) -> dict[str, object]:
         """For programs; figures that are not finite (NaN logits) are null."""
