@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from mmap import mmap
 
 from ..errors import LlamaExportError
 from .bundle import GRAPH_FILE
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+Buffer = bytes | mmap
+"""What is read: a file's bytes, or a large file where it lies."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Field:
     stop: int
 
 
-def fields_of(data: bytes, start: int, stop: int) -> Iterator[Field]:
+def fields_of(data: Buffer, start: int, stop: int) -> Iterator[Field]:
     """The fields of the message at [start, stop); LlamaExportError when the bytes are none."""
     while start < stop:
         at = start
@@ -46,12 +50,12 @@ def fields_of(data: bytes, start: int, stop: int) -> Iterator[Field]:
         start = end
 
 
-def messages_of(data: bytes, start: int, stop: int, number: int) -> Iterator[Field]:
+def messages_of(data: Buffer, start: int, stop: int, number: int) -> Iterator[Field]:
     """The fields with this number that hold bytes: messages, texts or packed numbers."""
     return (field for field in fields_of(data, start, stop) if field.number == number and field.varint is None)
 
 
-def packed_of(data: bytes, field: Field) -> Iterator[int]:
+def packed_of(data: Buffer, field: Field) -> Iterator[int]:
     """The varints that a field of bytes holds."""
     at = field.start
     while at < field.stop:
@@ -59,7 +63,7 @@ def packed_of(data: bytes, field: Field) -> Iterator[int]:
         yield value
 
 
-def text_of(data: bytes, field: Field) -> str:
+def text_of(data: Buffer, field: Field) -> str:
     """A field of bytes as text; what is not UTF-8 becomes the replacement character."""
     return data[field.start : field.stop].decode(errors="replace")
 
@@ -74,7 +78,7 @@ def block_field(number: int, content: bytes) -> bytes:
     return _encoded(number << 3 | _BYTES) + _encoded(len(content)) + content
 
 
-def _varint(data: bytes, start: int, stop: int) -> tuple[int, int]:
+def _varint(data: Buffer, start: int, stop: int) -> tuple[int, int]:
     value, shift = 0, 0
     for index in range(start, min(stop, start + 10)):
         value |= (data[index] & 0x7F) << shift

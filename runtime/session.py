@@ -46,10 +46,25 @@ def import_onnxruntime(manifest: Manifest) -> Any:
     require_python(manifest.minimum.get("python"))
     if manifest.provider not in DEVICES:
         raise LlamaExportError(f"This bundle asks for {manifest.provider}, but only {', '.join(DEVICES)} can be used.")
+    onnxruntime = onnxruntime_module()
+    version, available = onnxruntime.__version__, onnxruntime.get_available_providers()
+    remedy = "upgrade it with `pip install --upgrade onnxruntime`"
+    for least in (manifest.minimum.get("onnxruntime"), LEAST[manifest.dialect]):
+        require("onnxruntime", version, least, remedy)
+    if manifest.provider not in available:
+        raise LlamaExportError(
+            f"This bundle needs {manifest.provider}, but onnxruntime {version} here has {', '.join(available)}; "
+            "install llama-export[gpu] instead of [cpu], or build a bundle with `-t cpu`."
+        )
+    return onnxruntime
+
+
+def onnxruntime_module() -> Any:
+    """Import onnxruntime; LlamaExportError when it is missing or does not work."""
     try:
         import onnxruntime  # noqa: PLC0415 (a bundle can be opened, checked and described without it)
 
-        version, available = onnxruntime.__version__, onnxruntime.get_available_providers()
+        onnxruntime.get_available_providers()
         onnxruntime.disable_telemetry_events()
     except ModuleNotFoundError as error:
         raise LlamaExportError(
@@ -61,14 +76,6 @@ def import_onnxruntime(manifest: Manifest) -> Any:
             f"ONNX Runtime is installed but does not work ({type(error).__name__}: {error}); "
             "`llama-export doctor` says how to mend it."
         ) from error
-    remedy = "upgrade it with `pip install --upgrade onnxruntime`"
-    for least in (manifest.minimum.get("onnxruntime"), LEAST[manifest.dialect]):
-        require("onnxruntime", version, least, remedy)
-    if manifest.provider not in available:
-        raise LlamaExportError(
-            f"This bundle needs {manifest.provider}, but onnxruntime {version} here has {', '.join(available)}; "
-            "install llama-export[gpu] instead of [cpu], or build a bundle with `-t cpu`."
-        )
     return onnxruntime
 
 

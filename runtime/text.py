@@ -12,6 +12,7 @@ from .bundle import Tokens
 
 _UNFINISHED = "�"  # what decoders put for bytes that are no character, or not yet one
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_NOT_UNICODE = "The text is not valid Unicode; give it as UTF-8."
 _CONTEXT = 16  # tokens of a prompt that can matter to how its continuation reads
 
 
@@ -33,13 +34,7 @@ class Tokenizer:
         Raises LlamaExportError when it cannot be read, or begins texts differently from what the manifest says: a
         missing or doubled BOS token makes every answer worse without a sign of it.
         """
-        from tokenizers import Tokenizer as Inner  # noqa: PLC0415 (commands that need no tokens start without it)
-
-        try:
-            inner = Inner.from_file(str(path))
-        except Exception as error:  # tokenizers raises Exception itself
-            raise LlamaExportError(f"{path} is not a tokenizer that can be read: {error}.") from error
-        tokenizer = Tokenizer(inner)
+        tokenizer = Tokenizer.from_file(path)
         adds_bos = tokens.bos is not None and tokenizer.encode("a")[:1] == [tokens.bos]
         if adds_bos != tokens.add_bos:
             said, does = ("", " not") if tokens.add_bos else (" not", "")
@@ -48,6 +43,16 @@ class Tokenizer:
                 f"but {path.name} does{does} put it there; build the bundle again."
             )
         return tokenizer
+
+    @staticmethod
+    def from_file(path: Path) -> Tokenizer:
+        """Read a tokenizer.json of which no manifest says anything; LlamaExportError when it cannot be read."""
+        from tokenizers import Tokenizer as Inner  # noqa: PLC0415 (commands that need no tokens start without it)
+
+        try:
+            return Tokenizer(Inner.from_file(str(path)))
+        except Exception as error:  # tokenizers raises Exception itself
+            raise LlamaExportError(f"{path} is not a tokenizer that can be read: {error}.") from error
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return the ids of `text`. special: with the BOS token and whatever else the post-processor adds.
@@ -58,8 +63,18 @@ class Tokenizer:
         try:
             ids: list[int] = self._inner.encode(text, add_special_tokens=special).ids
         except (TypeError, UnicodeEncodeError) as error:
-            raise UsageError("The text is not valid Unicode; give it as UTF-8.") from error
+            raise UsageError(_NOT_UNICODE) from error
         return ids
+
+    def encode_with_places(self, text: str) -> tuple[list[int], list[int]]:
+        """Return the ids of `text`, as `encode` does, and the character of `text` at which each begins; tokens that are
+        none of the text (BOS) begin at 0. Raises UsageError as `encode` does.
+        """
+        try:
+            encoding = self._inner.encode(text)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise UsageError(_NOT_UNICODE) from error
+        return encoding.ids, [start for start, _ in encoding.offsets]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids` without special tokens; bytes that are no character become U+FFFD."""
