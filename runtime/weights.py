@@ -5,6 +5,7 @@ This decodes the data file from the format's definition and shares no code with 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections import Counter
@@ -71,6 +72,22 @@ def compare_weights(
     return differences
 
 
+class StoredTensors:
+    """The tensors of a bundle, dequantised as its data file holds them."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Raises LlamaExportError as `weight_places` does."""
+        self._data, self._initializers = bundle.path / DATA_FILE, weight_places(bundle, read_graph(bundle))
+
+    def rows(self, record: WeightRecord) -> Iterator[Float32]:
+        """Its rows, a few at a time: [n, columns], columns in their natural order; a vector as one column.
+
+        Raises LlamaExportError when the bundle does not store the tensor as the record says.
+        """
+        with _readable(record), FileIO(self._data) as file:  # of its own, as threads would move each other's place
+            yield from _rows(record, self._initializers, file)
+
+
 def compare_matrices(
     matrices: Mapping[str, npt.NDArray[Any]], records: tuple[WeightRecord, ...]
 ) -> list[WeightDifference]:
@@ -111,15 +128,20 @@ def _refuse_unrecorded(records: tuple[WeightRecord, ...], initializers: Mapping[
 
 
 def _compare(record: WeightRecord, initializers: Mapping[str, Initializer], data: Path) -> WeightDifference | None:
+    with _readable(record), FileIO(data) as file:  # of its own, as threads would move each other's place in it
+        digest, norm = fingerprint(_rows(record, initializers, file))
+    return None if digest == record.sha256 else WeightDifference(record.name, norm, record.norm)
+
+
+@contextlib.contextmanager
+def _readable(record: WeightRecord) -> Iterator[None]:
     try:
-        with FileIO(data) as file:  # of its own, as threads would move each other's place in it
-            digest, norm = fingerprint(_rows(record, initializers, file))
+        yield
     except (KeyError, ValueError, IndexError) as error:
         raise LlamaExportError(
             f"{GRAPH_FILE} does not store {record.name} as {record.format}, as the reference says; build the bundle "
             "again."
         ) from error
-    return None if digest == record.sha256 else WeightDifference(record.name, norm, record.norm)
 
 
 def _rows(record: WeightRecord, initializers: Mapping[str, Initializer], file: FileIO) -> Iterator[Float32]:
