@@ -187,7 +187,9 @@ def _projections(graph: _Graph, parents: Sequence[str], widths: Mapping[str, int
         parts, node, product = [_PARTS[name] for name in names], graph.last(module), graph.product(module)
         contains = f"{', '.join(names)} in one product" if len(names) > 1 else ""
         if len(node.output) == len(parts):
-            found.update({part: _by(graph.seen(name, node), product, contains) for part, name in _split(graph, node, parts)})
+            found.update(
+                {part: _by(graph.seen(name, node), product, contains) for part, name in _split(graph, node, parts)}
+            )
             continue
         stops = accumulate((widths[part] for part in parts), initial=0)
         for part, bounds in zip(parts, pairwise(stops), strict=True):
