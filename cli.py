@@ -127,6 +127,45 @@ def verify(bundle: Path, *, no_hash: bool, json_file: Path | None, quiet: bool, 
         raise SystemExit(1)
 
 
+@main.command("eval")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--text", type=click.Path(path_type=Path), help="Measure the perplexity of this text.")
+@click.option(
+    "--tasks", type=click.Path(path_type=Path), help="Answer these multiple-choice questions, one JSON a line."
+)
+@click.option("-m", "--model", help="With --text: the checkpoint that the bundle was made of, to compare with.")
+@click.option(
+    "--original-adapter",
+    "original_adapters",
+    multiple=True,
+    metavar="DIR[:WEIGHT]",
+    help="A LoRA adapter that this checkpoint needs, as the bundle has it; may be given several times.",
+)
+@click.option("--any-model", is_flag=True, help="Compare with another model than the bundle's, of the same sizes.")
+@click.option("--window", type=click.IntRange(min=2), help="Tokens read at a time; default: 1024, at most the context.")
+@click.option("--stride", type=click.IntRange(min=1), help="From window to window; default: the window, no overlap.")
+@click.option("--limit", type=click.IntRange(min=1), help="Windows or questions at most; default: all.")
+@click.option("--adapter", help="Evaluate with this adapter of the bundle, see `inspect`; default: none.")
+@backend_options
+@threads_option
+@click.option("--revision", help="Of --model: branch, tag or commit on the hub.")
+@click.option("--token", help="Access token for the hub; default: HF_TOKEN.")
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="Where downloads are kept; default: below HF_HOME.")
+@click.option("--restart", is_flag=True, help="Compute anew what an earlier run of the same has computed.")
+@json_option
+@quiet_option
+def eval_(*, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Measure perplexity on a text, or accuracy on multiple choice; an interrupted run goes on where it was."""
+    from .evaluating import EvalOptions, evaluate
+
+    with Terminal(quiet=quiet) as progress:
+        found = evaluate(EvalOptions(**options), progress)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        echo_lines(found.lines())
+
+
 @main.command()
 @click.option("-m", "--model", required=True, help="A folder, a GGUF file, a published Llama's name, or a hub id.")
 @click.option(

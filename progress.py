@@ -34,6 +34,9 @@ class Progress(Protocol):
     def share(self, done: float) -> None:
         """Say how much of the current step is done, from 0 to 1, where it is not counted in bytes."""
 
+    def count(self, done: float, total: int, before: int = 0) -> None:
+        """Say how many of the current step's parts, which take equally long, are done; `before` were when it began."""
+
     def warn(self, text: str) -> None:
         """Say something that the user may want to change."""
 
@@ -50,6 +53,9 @@ class Silent:
         pass
 
     def share(self, done: float) -> None:
+        pass
+
+    def count(self, done: float, total: int, before: int = 0) -> None:
         pass
 
     def warn(self, text: str) -> None:
@@ -113,6 +119,11 @@ class Terminal:
         if stage is not None and self._due(stage, now := time.monotonic()):
             self._draw(f"{stage.title}  {share_figures(done, now - stage.began)}")
 
+    def count(self, done: float, total: int, before: int = 0) -> None:
+        stage = self._stage
+        if stage is not None and self._due(stage, now := time.monotonic()):
+            self._draw(f"{stage.title}  {count_figures(done, total, before, now - stage.began)}")
+
     def warn(self, text: str) -> None:
         label = f"{YELLOW}Warning:{PLAIN}" if self._colours else "Warning:"
         self._line(f"{label} {plain(text)}")
@@ -164,6 +175,14 @@ def progress_figures(done_bytes: int, total_bytes: int, seconds: float) -> str:
 def share_figures(done: float, seconds: float) -> str:
     """ "42 %  7 s" for a step of which the share `done` is done after `seconds`; its parts are of unequal length."""
     return f"{int(100 * done):3d} %  {clock(seconds)}"
+
+
+def count_figures(done: float, total: int, before: int, seconds: float) -> str:
+    """ "3 of 10  7 s left" where `done` parts less those `before` took `seconds`."""
+    counted = f"{int(done):,} of {total:,}"
+    if seconds <= 0 or done <= before:
+        return counted
+    return f"{counted}  {clock(seconds * (total - done) / (done - before))} left"
 
 
 def clock(seconds: float) -> str:

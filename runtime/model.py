@@ -142,6 +142,12 @@ class Model:
         self._adapter = name
         self._cache = TokenCache(self._backend)
 
+    def lend_backend(self) -> Backend:
+        """What computes, to be used directly, with its sequence empty; what was written before cannot be reused."""
+        self._backend.rewind(0)
+        self._cache = TokenCache(self._backend)
+        return self._backend
+
     @property
     def chat_template(self) -> ChatTemplate:
         """How the model was trained to see a conversation; LlamaExportError when the bundle has no template."""

@@ -1,0 +1,1 @@
+"""How well a bundle's model does on a text or on questions: computed on the device, with NumPy alone."""
