@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
@@ -57,16 +57,17 @@ _ROUNDING = ("QuantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeMatMul")
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output of the graph. dims: None where a size is free."""
+    """An input or output of the graph. dims: None where a size is free. optional: the graph has a value for it."""
 
     name: str
     dtype: str
     dims: tuple[int | None, ...]
+    optional: bool = False
 
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """inputs: those that are no initializers. ops: every operator in it. files: that tensors name, as they are
+    """ops: every operator in it. files: that tensors name, as they are
     written. weights: "fp32", "fp16", "bf16", or the bits of quantised ones, "8" or "4", the fewest where several.
     """
 
@@ -87,7 +88,7 @@ class _Found:
     """What a walk through the file comes upon."""
 
     data: Buffer
-    left: int = _MOST_FIELDS
+    left: int
     ops: set[str] = field(default_factory=set)
     files: set[str] = field(default_factory=set)
     dtypes: dict[str, str] = field(default_factory=dict)
@@ -129,7 +130,7 @@ def read_onnx(path: Path) -> OnnxFile:
 
 
 def _read(data: Buffer) -> OnnxFile:
-    found = _Found(data)
+    found = _Found(data, _MOST_FIELDS)
     whole = Field(0, None, 0, 0, len(data))
     try:
         ports = _ports(found, whole)
@@ -140,7 +141,7 @@ def _read(data: Buffer) -> OnnxFile:
 
 
 def _ports(found: _Found, whole: Field) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
-    """The inputs that have to be given, and the outputs."""
+    """The inputs and the outputs."""
     graphs = [part for part in found.fields(whole) if _PARTS[_MODEL].get(part.number) == _GRAPH]
     if len(graphs) != 1 or graphs[0].varint is not None:
         raise ValueError("it holds no graph")
@@ -152,7 +153,7 @@ def _ports(found: _Found, whole: Field) -> tuple[tuple[Port, ...], tuple[Port, .
             outputs.append(_port(found, part))
         elif part.number == _GRAPH_INITIALIZER:
             given.update(found.text(one) for one in found.fields(part) if one.number == _TENSOR_NAME)
-    return tuple(port for port in inputs if port.name not in given), tuple(outputs)
+    return tuple(replace(port, optional=port.name in given) for port in inputs), tuple(outputs)
 
 
 def _port(found: _Found, value: Field) -> Port:

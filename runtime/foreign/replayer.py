@@ -42,8 +42,7 @@ class ForeignReplayer:
         self.name = f"onnxruntime {self._ort.__version__} cpu"
         self.vocab, self.context = folder.vocab, folder.context
         self.chunk = min(self.context, MOST_CHUNK)
-        told = folder.grouped or folder.has_positions
-        self.most_rows = MOST_ROWS if told and self._signature.mask is not None else 1
+        self.most_rows = MOST_ROWS if _takes_padding(folder) else 1
         self.notes = (*folder.notes, *_notes(folder, self.most_rows))
         self._past: list[npt.NDArray[Any]] = []
         self._names = [port.name for pair in self._signature.past for port in pair]
@@ -165,6 +164,14 @@ def _open(ort: Any, folder: ForeignFolder, threads: int, *, exact: bool) -> Any:
         raise one_sentence(ort, f"cannot load {folder.graph}", error) from error
 
 
+def _takes_padding(folder: ForeignFolder) -> bool:
+    """Whether the graph can be told of texts that end sooner. One that is asked for the last logits may count them from
+    a text's end or from the padding's.
+    """
+    found = folder.signature
+    return found.mask is not None and found.keep is None and (folder.grouped or folder.has_positions)
+
+
 def _notes(folder: ForeignFolder, most_rows: int) -> list[str]:
     notes = []
     if folder.signature.last_only:
@@ -173,5 +180,7 @@ def _notes(folder: ForeignFolder, most_rows: int) -> list[str]:
             "their last token."
         )
     if most_rows == 1:
-        notes.append("The graph is not told positions and a mask, so texts of different lengths cannot run together.")
+        notes.append(
+            "The graph's inputs do not tell where a shorter text ends, so texts of different lengths did not run together."
+        )
     return notes

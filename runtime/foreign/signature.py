@@ -58,7 +58,7 @@ class Signature:
     @property
     def last_only(self) -> bool:
         """Whether logits are given of the last token alone."""
-        return len(self.logits.dims) == 2 or self.logits.dims[1] == 1
+        return self.keep is None and (len(self.logits.dims) == 2 or self.logits.dims[1] == 1)
 
 
 def signature(graph: OnnxFile, decoder: Mapping[str, Any], where: str) -> Signature:
@@ -125,7 +125,8 @@ def _check(found: Signature, inputs: Mapping[str, Port], where: str) -> None:
     """Raise LlamaExportError unless every input is known and of a type and shape that can be given."""
     single = (found.ids, found.mask, found.positions, found.branch, found.keep)
     caches = [port for pair in found.past for port in pair]
-    unknown = inputs.keys() - {port.name for port in (*single, *caches) if port is not None}
+    required = {port.name for port in inputs.values() if not port.optional}
+    unknown = required - {port.name for port in (*single, *caches) if port is not None}
     if unknown:
         raise LlamaExportError(
             f"{where} has the input {min(unknown)}, but only {_IDS}, {_MASK}, {_POSITIONS}, {_KEPT[0]} and a cache "

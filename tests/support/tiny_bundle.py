@@ -122,7 +122,8 @@ def onnx_files(llama: TinyLlama) -> tuple[bytes, bytes]:
     return onnx.model(_nodes(llama), tensors, inputs, outputs), bytes(data)
 
 
-def _nodes(llama: TinyLlama) -> list[bytes]:
+def grouped_nodes(llama: TinyLlama) -> list[bytes]:
+    """From input_ids, attention_mask and the cache to x2 (of two layers) and the cache, with GroupQueryAttention."""
     attention = {"num_heads": llama.heads, "kv_num_heads": llama.kv_heads, "do_rotary": 1}
     epsilon: dict[str, int | float] = {"axis": -1, "epsilon": 1e-5}
     nodes = [
@@ -157,8 +158,13 @@ def _nodes(llama: TinyLlama) -> list[bytes]:
             onnx.node("MatMul", [f"inner{i}", f"{i}.down"], [f"down{i}"]),
             onnx.node("Add", [f"y{i}", f"down{i}"], [f"x{i + 1}"]),
         ]
+    return nodes
+
+
+def _nodes(llama: TinyLlama) -> list[bytes]:
+    epsilon: dict[str, int | float] = {"axis": -1, "epsilon": 1e-5}
     return [
-        *nodes,
+        *grouped_nodes(llama),
         onnx.node("Neg", ["logits_to_keep"], ["from_end"]),
         onnx.node("Slice", [f"x{llama.layers}", "from_end", "last", "first_axis"], ["kept_x"]),
         onnx.node("SimplifiedLayerNormalization", ["kept_x", "norm"], ["normed"], attributes=epsilon),
