@@ -26,7 +26,6 @@ from .planning import BuildPlan, plan_build
 from .progress import Progress, Silent
 from .runtime.bundle import (
     ADAPTERS,
-    CPU_PROVIDER,
     AdapterRecord,
     Limits,
     Manifest,
@@ -34,6 +33,7 @@ from .runtime.bundle import (
     Shape,
     Tokens,
     adapter_file,
+    reference_file,
     seal,
 )
 from .runtime.hashing import sha256_of_all
@@ -218,6 +218,7 @@ def _manifest(plan: BuildPlan) -> Manifest:
             duties(
                 source.licence, *legal_texts(source.files), *(folder_licence(adapter.path) for adapter in plan.adapters)
             ),
+            plan.sha256,
         ),
         target=plan.target.name,
         dialect=plan.made.dialect,
@@ -262,18 +263,17 @@ def tool_versions() -> dict[str, str]:
 
 
 def _write_references(plan: BuildPlan, written: _Written, folder: Path, manifest: Manifest, progress: Progress) -> None:
-    """That of the model, and one of each adapter beside its weights."""
-    from .export.record import record_adapter, record_reference  # noqa: PLC0415
-    from .runtime.reference import save_reference  # noqa: PLC0415
+    """Those of the model, and of each adapter beside its weights."""
+    from .export.prompts import built_in_prompts  # noqa: PLC0415
+    from .export.record import Recorder  # noqa: PLC0415
+    from .runtime.reference_file import save  # noqa: PLC0415
 
-    # Proposing the greedy text takes no GPU: ONNX Runtime's CPU kernels run the same graph.
-    manifest, tools = replace(manifest, providers=(CPU_PROVIDER,)), tool_versions()
-    save_reference(
-        record_reference(plan.source, written.placements, written.tables, folder, manifest, tools, progress), folder
-    )
-    for adapter in plan.adapters:
-        if adapter.name in written.matrices:
-            progress.stage(f"Recording what PyTorch computes with {adapter.name}")
-            matrices = written.matrices[adapter.name]
-            reference = record_adapter(plan.source, adapter, matrices, plan.formats, folder, manifest, tools, progress)
-            save_reference(reference, folder, adapter.name)
+    prompts = built_in_prompts(plan.source, manifest.limits.context)
+    recorder = Recorder(plan.source, folder, manifest, plan.sha256, prompts, tool_versions(), progress)
+    for kind, reference in recorder.model(written.placements, written.tables).items():
+        save(reference, folder / reference_file(kind))
+    for adapter in plan.beside:
+        progress.stage(f"Recording what PyTorch computes with {adapter.name}")
+        matrices = written.matrices[adapter.name]
+        for kind, reference in recorder.adapter(adapter, matrices, plan.formats).items():
+            save(reference, folder / reference_file(kind, adapter.name))

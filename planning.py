@@ -10,6 +10,7 @@ from .build_options import MERGE, RUNTIME, BuildOptions
 from .errors import LlamaExportError, UsageError
 from .export.calibration_text import CalibrationText, calibration_text
 from .export.folder import check_carried
+from .export.identity import model_sha256
 from .export.licences import legal_files
 from .export.lora.merge import base_mismatch, fitted, merged
 from .export.lora.peft_folder import Adapter, read_adapter
@@ -37,12 +38,14 @@ _WIDE_HEAD = (
 class BuildPlan:
     """All that is decided before anything is made.
 
-    source: with adapters merged in, where they are to be. adapters: all of them; merged: whether they are in the
+    source: with adapters merged in, where they are to be. sha256: of what it was before, with those that are merged,
+    see `export.identity.model_sha256`. adapters: all of them; merged: whether they are in the
     weights. stored: bytes of weights, and of adapters beside them. calibration: the text that scales of activations
     come from, None where these are not quantised.
     """
 
     source: Source
+    sha256: str
     adapters: tuple[Adapter, ...]
     merged: bool
     target: Target
@@ -81,6 +84,7 @@ def plan_build(options: BuildOptions, target: Target, progress: Progress) -> Bui
         progress=progress,
     )
     adapters, merge = _open_adapters(options, source), options.adapter_mode == MERGE
+    sha256 = model_sha256(source, adapters if merge else ())
     if merge:
         source = source.with_other(tensors=merged(source.tensors, adapters))
     beside = _bytes_beside(() if merge else adapters, source, made)
@@ -97,7 +101,7 @@ def plan_build(options: BuildOptions, target: Target, progress: Progress) -> Bui
     context, stored = context_choice(found, force=options.force), found.weights.total + sum(beside)
     text = calibration_text(source, options.calibrate, context.context) if options.calibrate else None
     return BuildPlan(
-        source, adapters, merge, target, made, found.precision, formats, stored, context, options.batch, text
+        source, sha256, adapters, merge, target, made, found.precision, formats, stored, context, options.batch, text
     )
 
 

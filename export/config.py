@@ -139,6 +139,12 @@ def check_config(config: Mapping[str, Any]) -> ModelShape:
     return shape
 
 
+def known_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that says what its model computes."""
+    passed = _PASSED | FAMILIES[family_of(config).model_type].keys
+    return {key: value for key, value in config.items() if key in passed}
+
+
 def transformers_config(config: Mapping[str, Any]) -> transformers.PreTrainedConfig:
     """Return the config of transformers' own class for a config.json, in the old (`rope_theta`, `rope_scaling`) or new
     (`rope_parameters`) spelling, which transformers itself brings together.
@@ -149,8 +155,7 @@ def transformers_config(config: Mapping[str, Any]) -> transformers.PreTrainedCon
     from huggingface_hub.errors import StrictDataclassError  # noqa: PLC0415 - takes seconds, and the shape needs none
 
     # A copy, because transformers writes defaults into the nested rope dictionary.
-    passed = _PASSED | FAMILIES[shape.family].keys
-    values = copy.deepcopy({key: value for key, value in config.items() if key in passed})
+    values = copy.deepcopy(known_facts(config))
     values |= {"num_key_value_heads": shape.kv_heads, "head_dim": shape.head_dim}
     try:
         return classes(shape.family).config(**values)

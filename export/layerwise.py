@@ -1,4 +1,4 @@
-"""transformers' own layers in float32 over a few texts, one layer in memory: shared by reference and calibration."""
+"""transformers' own layers in float32 over a few texts, one layer in memory: for references, calibration, bisection."""
 
 from __future__ import annotations
 
@@ -43,59 +43,107 @@ class Layerwise:
         """What the last decoder layer leaves of each sequence, [1, length, hidden], all sequences in one pass over the
         weights. begin: called with each layer's index and the layer before it runs; the layer is gone after.
         """
-        config = copy.deepcopy(self.config)
-        config._attn_implementation = "sdpa"
-        hidden = self._embedded(sequences)
-        rotary = rotary_embedding(config, self.context)
-        positions = [torch.arange(len(sequence))[None] for sequence in sequences]
-        angles = [rotary(state, position) for state, position in zip(hidden, positions, strict=True)]
-        masks = [_window_mask(len(sequence), window_of(config)) for sequence in sequences]
+        texts = Texts(self.config, self.context, sequences)
+        hidden = embedded(sequences, self.parts)
 
         def run(index: int) -> None:  # a frame of its own, which lets go of the layer before the next is read
-            layer = self._layer(config, index)
+            layer = decoder_layer(self.config, index, self._whole)
             begin(index, layer)
-            for number, (mask, angle, position) in enumerate(zip(masks, angles, positions, strict=True)):
-                hidden[number] = layer(
-                    hidden[number], attention_mask=mask, position_embeddings=angle, position_ids=position
-                )
+            texts.run(layer, hidden)
 
-        for index in range(config.num_hidden_layers):
+        for index in range(self.config.num_hidden_layers):
             run(index)
         return hidden
 
     @torch.no_grad()
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """The head's input: `hidden` [..., hidden] after the last norm."""
-        with torch.device("meta"):
-            norm: torch.nn.Module = classes(self.config.model_type).norm(
-                self.config.hidden_size, self.config.rms_norm_eps
-            )
-        norm.load_state_dict({"weight": self._whole("model.norm.weight")}, assign=True)
-        normed: torch.Tensor = norm(hidden)
-        return normed
-
-    def _embedded(self, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """The embedding's rows of each sequence, [1, length, hidden]."""
-        wanted = np.unique(np.concatenate([np.asarray(sequence) for sequence in sequences]))
-        rows: dict[int, Float32] = {}
-        for start, part in self.parts(EMBEDDING):
-            for token in wanted[(wanted >= start) & (wanted < start + len(part))]:
-                rows[int(token)] = part[token - start].copy()
-        return [torch.from_numpy(np.stack([rows[token] for token in sequence]))[None] for sequence in sequences]
-
-    def _layer(self, config: PreTrainedConfig, index: int) -> torch.nn.Module:
-        with torch.device("meta"):
-            layer: torch.nn.Module = classes(config.model_type).layer(config, index)
-        prefix = f"model.layers.{index}."
-        state = {name: self._whole(prefix + name) for name in layer.state_dict()}
-        layer.load_state_dict(state, assign=True)
-        return layer.eval()
+        return last_norm(self.config, hidden, self._whole(LAST_NORM))
 
     def _whole(self, name: str) -> torch.Tensor:
         values = np.empty(self.tensors[name].shape, np.float32)
         for start, part in self.parts(name):
             values[start : start + len(part)] = part
         return torch.from_numpy(values)
+
+
+class Texts:
+    """Sequences of tokens on their way through decoder layers: what every layer is given beside its hidden states."""
+
+    def __init__(self, config: PreTrainedConfig, context: int, sequences: Sequence[Sequence[int]]) -> None:
+        rotary, like = rotary_embedding(config, context), torch.empty((), dtype=torch.float32)
+        self._positions = [torch.arange(len(sequence))[None] for sequence in sequences]
+        self._angles = [rotary(like, position) for position in self._positions]
+        self._masks = [_window_mask(len(sequence), window_of(config)) for sequence in sequences]
+
+    @torch.no_grad()
+    def run(
+        self, layer: torch.nn.Module, hidden: list[torch.Tensor], caches: Sequence[KeptCache] | None = None
+    ) -> None:
+        """Put every sequence through a layer: `hidden` [1, length, hidden size] each is replaced. caches: one for each
+        sequence, which takes up its keys and values.
+        """
+        for number, (mask, angle, position) in enumerate(zip(self._masks, self._angles, self._positions, strict=True)):
+            hidden[number] = layer(
+                hidden[number],
+                attention_mask=mask,
+                position_embeddings=angle,
+                position_ids=position,
+                past_key_values=None if caches is None else caches[number],
+            )
+
+
+class KeptCache:
+    """What transformers' attention asks of a cache, for one text in one piece: it keeps what the layer that runs puts
+    there, keys after the rotary embedding, [1, kv_heads, length, head_dim] each.
+    """
+
+    def __init__(self) -> None:
+        self.keys = self.values = torch.empty(0)
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+def embedded(sequences: Sequence[Sequence[int]], parts: Callable[[str], Parts]) -> list[torch.Tensor]:
+    """The embedding's rows of each sequence, [1, length, hidden]."""
+    wanted = np.unique(np.concatenate([np.asarray(sequence) for sequence in sequences]))
+    rows: dict[int, Float32] = {}
+    for start, part in parts(EMBEDDING):
+        for token in wanted[(wanted >= start) & (wanted < start + len(part))]:
+            rows[int(token)] = part[token - start].copy()
+    return [torch.from_numpy(np.stack([rows[token] for token in sequence]))[None] for sequence in sequences]
+
+
+def decoder_layer(config: PreTrainedConfig, index: int, values: Callable[[str], torch.Tensor]) -> torch.nn.Module:
+    """transformers' decoder layer on `values` of each checkpoint name, which it shares."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        layer: torch.nn.Module = classes(config.model_type).layer(config, index)
+    layer.load_state_dict({name: values(layer_name(index, name)) for name in layer.state_dict()}, assign=True)
+    return layer.eval()
+
+
+def layer_name(index: int, name: str) -> str:
+    """The checkpoint name of a tensor of a decoder layer."""
+    return f"model.layers.{index}.{name}"
+
+
+LAST_NORM = "model.norm.weight"
+
+
+@torch.no_grad()
+def last_norm(config: PreTrainedConfig, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`hidden` [..., hidden] after the norm that stands before the head."""
+    with torch.device("meta"):
+        norm: torch.nn.Module = classes(config.model_type).norm(config.hidden_size, config.rms_norm_eps)
+    norm.load_state_dict({"weight": weight}, assign=True)
+    normed: torch.Tensor = norm(hidden)
+    return normed
 
 
 def projections(index: int, layer: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:

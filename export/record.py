@@ -1,176 +1,130 @@
-"""The reference inside a bundle: the exported model proposes greedy text, one PyTorch pass proves each token."""
+"""The references inside a bundle: the exported model proposes greedy text, one PyTorch pass proves each token, with
+the checkpoint's weights and with those that the bundle stores.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
 from transformers import PreTrainedConfig
 
-from ..errors import LlamaExportError
 from ..optimize.formats import Format
 from ..optimize.graph import ORDER as ORDER_PREFIX
 from ..optimize.graph import ROTARY_TABLES
 from ..optimize.plan import column_orders
 from ..optimize.quantise import dense_format
 from ..optimize.shared.order_inputs import order_name
-from ..optimize.tensors import Float32
 from ..progress import Progress
-from ..runtime.batch import BatchReplay
-from ..runtime.bundle import GRAPH_FILE, Bundle, Manifest
-from ..runtime.onnx_file import with_accuracy_level
-from ..runtime.reference import (
-    INDEX,
-    ORDER,
-    SCHEMA_VERSION,
-    Index,
-    Logits,
-    Prompt,
-    Reference,
-    WeightRecord,
-    compress,
-    fingerprint,
-)
+from ..runtime.bundle import CPU_PROVIDER, GRAPH_FILE, Bundle, Manifest
+from ..runtime.reference import EXACT, INDEX, ORDER, Reference, WeightRecord, fingerprint
+from ..runtime.replayers import GraphReplayer
 from ..runtime.threads import physical_cores
 from .config import transformers_config
+from .identity import identity_of, stored_type
 from .lora.peft_folder import Adapter
-from .reference import ExactModel
+from .prompts import Asked, without_long
+from .propose import propose
+from .prove import About, Proposed, prove, spread_layers
+from .reference import Computed, Exact, Original, StreamedModel
 from .rotary import rotary_tables
 from .source import Source
 from .write import Placement
-
-CONTINUATION = 32
-"""Tokens after each prompt that are decoded one by one."""
-
-_LONGEST = 48
-"""Tokens of a prompt, so that the file stays small."""
-
-PROMPTS: Mapping[str, str] = {
-    "prose": "The old lighthouse keeper climbed the stairs every evening at dusk with a lantern and a book of maps.",
-    "question": "Question: What is the capital of France, and on which river does it lie? Answer briefly.\nAnswer:",
-    "code": 'def fibonacci(n: int) -> int:\n    """Return the n-th number."""\n    if n < 2:\n        return n\n',
-    "scripts": "Привет, мир! こんにちは世界。 مرحبا بالعالم 🌍 naïve façade ½ ≠ 1234567890",
-    "repeated": "one two three one two three one two three one two three one two three one two three one two three",
-}
 
 _ADAPTER_PROMPTS = 2
 """Recorded of an adapter: its graph is the model's, which has been through all prompts."""
 
 
-def record_reference(
-    source: Source,
-    placements: Mapping[str, Placement],
-    tables: Mapping[str, npt.NDArray[np.generic]],
-    folder: Path,
-    manifest: Manifest,
-    tools: Mapping[str, str],
-    progress: Progress,
-) -> Reference:
-    """Make the reference of the bundle in `folder`, whose graph and weights are there and whose manifest is not yet.
+@dataclass(frozen=True)
+class Recorder:
+    """Makes the references of the bundle in `folder`, whose graph and weights are there and whose manifest is not yet.
 
-    placements: where each checkpoint tensor is stored, see `write.placements`. tables: the constants beside them in the
-    data file, see `write.tables_of`.
+    source: with adapters merged in, where they are. sha256: of the checkpoint, see `identity.model_sha256`. prompts: as
+    `prompts` encodes them. tools: versions of what computes them.
     """
-    formats = {name: placement.format for name, placement in placements.items()}
-    model = _exact_model(source, formats, manifest)
-    prompts, logits = _recorded(model, _prompts(source, manifest), folder, manifest, progress)
-    weights = tuple(record for name in source.tensors for record in _weights(name, source, placements[name], model))
-    constants = (*_tables(tables, model.config, manifest.limits.context), *_orders(source, formats))
-    index = Index(
-        SCHEMA_VERSION, source.model_id, source.revision, manifest.shape.vocab, prompts, weights, constants, tools
-    )
-    return Reference(index, logits)
 
+    source: Source
+    folder: Path
+    manifest: Manifest
+    sha256: str
+    prompts: Sequence[Asked]
+    tools: Mapping[str, str]
+    progress: Progress
 
-def record_adapter(
-    source: Source,
-    adapter: Adapter,
-    matrices: Sequence[WeightRecord],
-    formats: Mapping[str, Format],
-    folder: Path,
-    manifest: Manifest,
-    tools: Mapping[str, str],
-    progress: Progress,
-) -> Reference:
-    """Make the reference of an adapter that lies in the bundle beside the weights: transformers' layers on the stored
-    weights with what the adapter adds. matrices: what `write_adapter` recorded.
-    """
-    model = replace(_exact_model(source, formats, manifest), added=adapter.parts)
-    kept = dict(list(_prompts(source, manifest).items())[:_ADAPTER_PROMPTS])
-    prompts, logits = _recorded(model, kept, folder, manifest, progress, adapter.name)
-    vocab = manifest.shape.vocab
-    index = Index(SCHEMA_VERSION, source.model_id, source.revision, vocab, prompts, tuple(matrices), (), tools)
-    return Reference(index, logits)
+    def model(
+        self, placements: Mapping[str, Placement], tables: Mapping[str, npt.NDArray[np.generic]]
+    ) -> dict[str, Reference]:
+        """Both references of the model, by kind.
 
-
-def _exact_model(source: Source, formats: Mapping[str, Format], manifest: Manifest) -> ExactModel:
-    scales, context = np.dtype(manifest.shape.cache_dtype), manifest.limits.context
-    return ExactModel(transformers_config(source.config), source.tensors, formats, scales, context)
-
-
-def _recorded(
-    model: ExactModel,
-    prompts: Mapping[str, Sequence[int]],
-    folder: Path,
-    manifest: Manifest,
-    progress: Progress,
-    adapter: str | None = None,
-) -> tuple[tuple[Prompt, ...], Logits]:
-    """The prompts with their greedy continuations, and what PyTorch computes for them."""
-    continued = _propose(prompts, folder, manifest, adapter)
-    logits = model.logits(list(continued.values()), progress)
-    pairs = zip(continued.items(), logits, strict=True)
-    proven = tuple(_proven(name, prompts[name], ids, rows) for (name, ids), rows in pairs)
-    return proven, Logits.joined([compress(rows) for rows in logits])
-
-
-def _prompts(source: Source, manifest: Manifest) -> dict[str, list[int]]:
-    """The built-in prompts as token ids, all cut to the length of the shortest, so that they are replayed as one batch.
-
-    Prompts in a script whose tokens lie outside of the model's vocabulary are left out.
-    """
-    tokenizer = Tokenizer.from_str(source.content("tokenizer.json").decode())
-    encoded = {name: tokenizer.encode(text).ids for name, text in PROMPTS.items()}
-    found = {name: ids for name, ids in encoded.items() if ids and max(ids) < manifest.shape.vocab}
-    if not found:
-        raise LlamaExportError(
-            f"The tokenizer of {source.model_id} gives no token of the model's {manifest.shape.vocab} for "
-            "any text, so they do not belong together; take the model's own tokenizer.json, or use --no-reference."
+        placements: where each checkpoint tensor is stored, see `write.placements`. tables: the constants beside them in
+        the data file, see `write.tables_of`.
+        """
+        source = self.source
+        formats = {name: placement.format for name, placement in placements.items()}
+        sides = (Original(source.tensors), Exact(source.tensors, formats, self._scales))
+        found, computed = self._proven(sides, self.prompts, None)
+        weights = tuple(
+            record for name in source.tensors for record in _weights(name, source, placements[name], computed[EXACT])
         )
-    room = max(1, manifest.limits.context // 2)
-    length = min(room, _LONGEST, *(len(ids) for ids in found.values()))
-    return {name: ids[:length] for name, ids in found.items()}
+        config = transformers_config(source.config)
+        constants = (*_tables(tables, config, self.manifest.limits.context), *_orders(source, formats))
+        return _with_weights(found, weights, constants)
+
+    def adapter(
+        self, adapter: Adapter, matrices: Sequence[WeightRecord], formats: Mapping[str, Format]
+    ) -> dict[str, Reference]:
+        """Both references of an adapter that lies in the bundle beside the weights, by kind: transformers' layers on
+        the weights with what the adapter adds. matrices: what `write_adapter` recorded.
+        """
+        tensors = self.source.tensors
+        sides = (Original(tensors, adapter.parts), Exact(tensors, formats, self._scales, adapter.parts))
+        found, _ = self._proven(sides, without_long(self.prompts, _ADAPTER_PROMPTS), adapter.name)
+        return _with_weights(found, tuple(matrices), ())
+
+    @property
+    def _scales(self) -> npt.DTypeLike:
+        return np.dtype(self.manifest.shape.cache_dtype)
+
+    def _proven(
+        self, sides: tuple[Original, Exact], prompts: Sequence[Asked], adapter: str | None
+    ) -> tuple[dict[str, Reference], dict[str, Computed]]:
+        source, context = self.source, self.manifest.limits.context
+        model = StreamedModel(transformers_config(source.config), source.tensors, context, sides)
+        about = About(
+            source.model_id,
+            source.revision,
+            stored_type(source),
+            identity_of(source, self.sha256),
+            self.tools,
+            self.manifest.precision,
+            adapter,
+        )
+        layers = spread_layers(source.shape.layers)
+        return prove(model, about, self._proposals(prompts, adapter), layers, self.progress)
+
+    def _proposals(self, prompts: Sequence[Asked], adapter: str | None) -> list[Proposed]:
+        """The greedy text of the exported graph in full precision; its session is gone before PyTorch begins."""
+        # This takes no GPU: ONNX Runtime's CPU kernels run the same graph.
+        bundle = Bundle(self.folder, replace(self.manifest, providers=(CPU_PROVIDER,)), manifest_sha256="")
+        graph = (self.folder / GRAPH_FILE).read_bytes()
+        replayer = GraphReplayer(bundle, graph, physical_cores(), exact=True, adapter=adapter)
+        return [Proposed(*pair) for pair in zip(prompts, propose(replayer, prompts), strict=True)]
 
 
-def _propose(
-    prompts: Mapping[str, Sequence[int]], folder: Path, manifest: Manifest, adapter: str | None
-) -> dict[str, list[int]]:
-    """Each prompt with the greedy continuation that the exported graph gives in full precision."""
-    graph = with_accuracy_level((folder / GRAPH_FILE).read_bytes(), 0)
-    bundle = Bundle(folder, manifest, manifest_sha256="")
-    replay = BatchReplay(bundle, len(prompts), model=graph, threads=physical_cores(), adapter=adapter)
-    ids = np.array(list(prompts.values()), np.int64)
-    steps = min(CONTINUATION, manifest.limits.context - ids.shape[1])
-    new, tokens = ids, [ids]
-    for _ in range(steps):
-        new = replay.extend(new)[:, -1:].argmax(axis=-1)
-        tokens.append(new)
-    return dict(zip(prompts, np.concatenate(tokens, axis=1).tolist(), strict=True))
+def _with_weights(
+    references: Mapping[str, Reference], weights: tuple[WeightRecord, ...], tables: tuple[WeightRecord, ...]
+) -> dict[str, Reference]:
+    """The exact reference with the records of what is stored."""
+    exact = references[EXACT]
+    return {**references, EXACT: replace(exact, index=replace(exact.index, weights=weights, tables=tables))}
 
 
-def _proven(name: str, prompt: Sequence[int], ids: Sequence[int], logits: Float32) -> Prompt:
-    chosen = logits[len(prompt) - 1 : -1].argmax(axis=1)
-    proven = int((chosen == np.asarray(ids[len(prompt) :])).sum())
-    return Prompt(name, PROMPTS[name], tuple(ids), len(prompt), proven)
-
-
-def _weights(name: str, source: Source, placement: Placement, model: ExactModel) -> Iterator[WeightRecord]:
+def _weights(name: str, source: Source, placement: Placement, exact: Computed) -> Iterator[WeightRecord]:
     """A record of each place in which the tensor is stored."""
-    sha256, norm = model.fingerprints[name]
+    sha256, norm = exact.fingerprints[name]
     shape = source.tensors[name].shape
     for place in (placement, *placement.copies):
         names = place.initializers

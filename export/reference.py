@@ -1,73 +1,327 @@
-"""PyTorch's side of the proof: transformers' own layers on exactly the weights that the bundle stores, one layer in
-memory.
+"""PyTorch's side of the proof: transformers' own layers over a few texts, one decoder layer in memory, for both kinds
+of reference in one pass.
 
 Weights are read from the checkpoint and converted again, not read back from the bundle: what the writer did wrong
-shows.
+shows. A layer's rows are read once: what they are in the checkpoint runs first, and is then converted where it stands
+to what the bundle stores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import PreTrainedConfig
 
-from ..optimize.formats import Format
+from ..errors import LlamaExportError
+from ..optimize.formats import EMBEDDING, Format
 from ..optimize.plan import head_of
 from ..optimize.quantise import stored_values
 from ..optimize.tensors import Float32, SourceTensor
 from ..progress import Progress
-from ..runtime.reference import Fingerprint
-from .layerwise import Layerwise, Parts, cuts, float32_bytes
+from ..runtime.arrays import Int32
+from ..runtime.reference import EXACT, ORIGINAL, Fingerprint, Identity, Layers, Logits, PassingLogits, chosen_channels
+from .layerwise import LAST_NORM, KeptCache, Parts, Texts, cuts, decoder_layer, embedded, float32_bytes, last_norm
 from .lora.peft_folder import LowRank
 
+_PIECE = 1 << 19
+"""Values that one thread converts at a time: the temporaries stay in the processor's cache."""
 
-@dataclass
-class ExactModel:
-    """A model in float32 whose weights are those of a bundle: `formats` applied to `tensors`, scales in `scale_dtype`.
+Marks = Sequence[Sequence[int]]
 
-    context: of the bundle, for which the frequencies of the dynamic rope type are fixed. added: what an adapter adds to
-    stored weights, its matrices in `scale_dtype` too.
-    fingerprints: of every tensor that was used, by name: sha256 and norm of its dequantised values.
+
+@dataclass(frozen=True)
+class Original:
+    """The checkpoint's own weights. added: what an adapter adds to some of them."""
+
+    tensors: Mapping[str, SourceTensor]
+    added: Mapping[str, LowRank] = field(default_factory=dict)
+    kind: str = ORIGINAL
+
+    def rows(self, name: str, start: int, stop: int, read: Float32 | None) -> Float32:
+        """Rows [start, stop) in float32. read: the checkpoint's, where they have been read."""
+        rows = self.tensors[name].read(start, stop) if read is None else read
+        return rows + self.added[name].delta(start, stop) if name in self.added else rows
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The weights as a bundle stores them: `formats` applied to `tensors`, scales in `scale_dtype`. added: what an
+    adapter adds to stored weights, its matrices in `scale_dtype` too.
     """
 
-    config: PreTrainedConfig
     tensors: Mapping[str, SourceTensor]
     formats: Mapping[str, Format]
     scale_dtype: npt.DTypeLike
-    context: int
     added: Mapping[str, LowRank] = field(default_factory=dict)
+    kind: str = EXACT
+
+    def rows(self, name: str, start: int, stop: int, read: Float32 | None) -> Float32:
+        """As of `Original`."""
+        rows = stored_values(self.tensors[name], self.formats[name], start, stop, self.scale_dtype, read)
+        return rows + self.added[name].delta(start, stop, self.scale_dtype) if name in self.added else rows
+
+
+Side = Original | Exact
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What PyTorch computed with the weights of one side. logits: of every position of every sequence, in order;
+    layers: the samples from inside, None where none were asked for; fingerprints: of every tensor that was used, by
+    name: sha256 and norm of its values, for the weights as a bundle stores them.
+    """
+
+    logits: Logits
+    layers: Layers | None
+    fingerprints: Mapping[str, tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is wanted from inside: of `layers` at the positions `marks` of each sequence."""
+
+    layers: Sequence[int]
+    marks: Marks
+    identity: Identity
+
+
+@dataclass
+class _Running:
+    """One side on its way through the layers. same: so far it is the first side bit for bit. seen: of each layer that
+    is sampled: hidden, keys, values [marks, channels].
+    """
+
+    side: Side
+    hidden: list[torch.Tensor]
+    same: bool
     fingerprints: dict[str, tuple[str, float]] = field(default_factory=dict)
+    seen: list[tuple[Float32, Float32, Float32]] = field(default_factory=list)
 
-    def logits(self, sequences: Sequence[Sequence[int]], progress: Progress) -> list[Float32]:
-        """The logits [length, vocab] after each token of each sequence, all sequences in one pass over the weights."""
-        total = float32_bytes(self.tensors)
-        model = Layerwise(self.config, self.tensors, self.context, self._parts)
-        hidden = model.decoded(sequences, lambda *_: progress.advance(self._used_bytes(), total))
-        progress.advance(self._used_bytes(), total)
-        logits = self._head(model.normed(torch.cat([state[0] for state in hidden])))
-        progress.advance(total, total)
-        return np.split(logits, np.cumsum([len(sequence) for sequence in sequences])[:-1])
+    def note(self, name: str, values: Float32) -> None:
+        """All of a tensor's values are known."""
+        if self.side.kind == EXACT:
+            passed = Fingerprint()
+            passed.add(values)
+            self.fingerprints[name] = passed.value
 
-    def _head(self, normed: torch.Tensor) -> Float32:
-        logits = np.empty((len(normed), self.config.vocab_size), np.float32)
-        for start, part in self._parts(head_of(self.tensors)):
-            logits[:, start : start + len(part)] = (normed @ torch.from_numpy(part).T).numpy()
-        return logits
 
-    def _parts(self, name: str) -> Parts:
-        """The tensor's dequantised rows, whose fingerprint is known when all have passed."""
-        tensor, format, passed = self.tensors[name], self.formats[name], Fingerprint()
-        for start, stop in cuts(tensor):
-            rows = stored_values(tensor, format, start, stop, self.scale_dtype)
-            if name in self.added:
-                rows = rows + self.added[name].delta(start, stop, self.scale_dtype)
+class StreamedModel:
+    """A model in float32 whose weights pass by.
+
+    context: of the bundle, for which the frequencies of the dynamic rope type are fixed. sides: which weights it
+    computes with; of two, the checkpoint's own come first.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, tensors: Mapping[str, SourceTensor], context: int, sides: Sequence[Side]
+    ) -> None:
+        self._config, self._tensors, self._context, self._sides = config, tensors, context, sides
+
+    def run(
+        self,
+        sequences: Sequence[Sequence[int]],
+        progress: Progress,
+        samples: Samples | None = None,
+        full: Mapping[str, Path] | None = None,
+    ) -> dict[str, Computed]:
+        """What each side computes after every token of every sequence, by kind, in one pass over the weights.
+
+        full: where all logits of a kind go, float32 [positions, vocab] in a file that is made and mapped. Raises
+        LlamaExportError where logits are not finite.
+        """
+        with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="reference") as pool, torch.no_grad():
+            one = _Pass(self._config, self._tensors, self._context, sequences, samples, progress, pool)
+            return one.run(self._sides, full or {})
+
+
+class _Pass:
+    """One pass over the weights."""
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        tensors: Mapping[str, SourceTensor],
+        context: int,
+        sequences: Sequence[Sequence[int]],
+        samples: Samples | None,
+        progress: Progress,
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        self._config, self._tensors, self._sequences = config, tensors, sequences
+        self._texts, self._samples = Texts(config, context, sequences), samples
+        self._progress, self._pool, self._passed = progress, pool, set[str]()
+
+    def run(self, sides: Sequence[Side], full: Mapping[str, Path]) -> dict[str, Computed]:
+        running = self._embedded(sides)
+        for index in range(self._config.num_hidden_layers):
+            self._layer(index, running)
+        logits = self._head(running, full)
+        self._advance(*self._tensors)
+        return {
+            one.side.kind: Computed(kept, self._layers(one), one.fingerprints)
+            for one, kept in zip(running, logits, strict=True)
+        }
+
+    def _advance(self, *names: str) -> None:
+        self._passed.update(names)
+        total = float32_bytes(self._tensors)
+        self._progress.advance(float32_bytes({name: self._tensors[name] for name in self._passed}), total)
+
+    def _embedded(self, sides: Sequence[Side]) -> list[_Running]:
+        """Every side with the embedding's rows of its own. Where it is the head too, all of it passes there."""
+        running: list[_Running] = []
+        tied = head_of(self._tensors) == EMBEDDING
+        for side in sides:
+            one = _Running(side, [], same=True)
+            if side.kind == EXACT and not tied:
+                one.hidden = embedded(self._sequences, lambda name, one=one: self._noted(one, name))
+            else:
+                one.hidden = embedded(self._sequences, lambda name, side=side: self._wanted(side, name))
+            if running:
+                one.same = all(map(torch.equal, one.hidden, running[0].hidden))
+            running.append(one)
+        if not tied:
+            self._advance(EMBEDDING)
+        return running
+
+    def _wanted(self, side: Side, name: str) -> Parts:
+        """The rows of the tokens that are there."""
+        for token in sorted({token for sequence in self._sequences for token in sequence}):
+            yield token, side.rows(name, token, token + 1, None)
+
+    def _noted(self, one: _Running, name: str) -> Parts:
+        """All rows, whose fingerprint is known when they have passed."""
+        passed = Fingerprint()
+        for start, stop in cuts(self._tensors[name]):
+            rows = np.empty((stop - start, *self._tensors[name].shape[1:]), np.float32)
+            self._fill(rows, one.side, name, start, None)
             passed.add(rows)
-            yield start, np.ascontiguousarray(rows)
-        self.fingerprints[name] = passed.value
+            yield start, rows
+        one.fingerprints[name] = passed.value
 
-    def _used_bytes(self) -> int:
-        return float32_bytes({name: self.tensors[name] for name in self.fingerprints})
+    def _layer(self, index: int, running: Sequence[_Running]) -> None:
+        first, values = running[0], dict[str, Float32]()
+
+        def whole(name: str) -> torch.Tensor:
+            values[name] = self._whole(first, name)
+            return torch.from_numpy(values[name])
+
+        layer = decoder_layer(self._config, index, whole)
+        self._through(index, layer, first)
+        for other in running[1:]:
+            changed = [self._convert(first.side, other, name, array) for name, array in values.items()]
+            other.same = other.same and not any(changed)
+            if other.same:
+                other.hidden, other.seen = list(first.hidden), list(first.seen)
+            else:
+                self._through(index, layer, other)
+        self._advance(*values)
+
+    def _through(self, index: int, layer: torch.nn.Module, one: _Running) -> None:
+        samples = self._samples
+        if samples is None or index not in samples.layers:
+            self._texts.run(layer, one.hidden)
+            return
+        caches = [KeptCache() for _ in one.hidden]
+        self._texts.run(layer, one.hidden, caches)
+        hidden_ids, cache_ids = chosen_channels(samples.identity)
+
+        def taken(states: Iterable[torch.Tensor], channels: Int32) -> Float32:
+            """Of [length, channels] each."""
+            rows = [state.numpy()[np.asarray(mark)] for state, mark in zip(states, samples.marks, strict=True)]
+            found: Float32 = np.concatenate(rows)[:, channels]
+            return found
+
+        hidden = taken((state[0] for state in one.hidden), hidden_ids)
+        keys = taken((cache.keys[0].transpose(0, 1).flatten(1) for cache in caches), cache_ids)
+        values = taken((cache.values[0].transpose(0, 1).flatten(1) for cache in caches), cache_ids)
+        one.seen.append((hidden, keys, values))
+
+    def _layers(self, one: _Running) -> Layers | None:
+        if self._samples is None or not one.seen:
+            return None
+        hidden, keys, values = (np.stack(part) for part in zip(*one.seen, strict=True))
+        return Layers(*chosen_channels(self._samples.identity), hidden, keys, values)
+
+    def _head(self, running: Sequence[_Running], full: Mapping[str, Path]) -> list[Logits]:
+        name, first = head_of(self._tensors), running[0]
+        normed = self._normed(running)
+        positions, vocab = len(normed[0]), self._tensors[name].shape[0]
+        kept = [PassingLogits(positions, vocab) for _ in running]
+        maps = [_new_map(full.get(one.side.kind), (positions, vocab)) for one in running]
+        passed = [Fingerprint() for _ in running]
+        for start, stop in cuts(self._tensors[name]):
+            rows = np.empty((stop - start, self._tensors[name].shape[1]), np.float32)
+            logits = np.empty((positions, stop - start), np.float32)
+            for number, one in enumerate(running):
+                changed = self._fill(rows, one.side, name, start, first.side if number else None)
+                if not (number and one.same and not changed):
+                    logits = (normed[number] @ torch.from_numpy(rows).T).numpy()
+                kept[number].add(start, logits)
+                passed[number].add(rows)
+                if (whole := maps[number]) is not None:
+                    whole[:, start:stop] = logits
+        for number, one in enumerate(running):
+            if one.side.kind == EXACT:
+                one.fingerprints[name] = passed[number].value
+        return [_finite(one.value) for one in kept]
+
+    def _normed(self, running: Sequence[_Running]) -> list[torch.Tensor]:
+        """What enters the head, [positions, hidden], of each side."""
+        found, norm = [], self._whole(running[0], LAST_NORM)
+        for number, one in enumerate(running):
+            if number:
+                one.same = not self._convert(running[0].side, one, LAST_NORM, norm) and one.same
+            hidden = torch.cat([state[0] for state in one.hidden])
+            found.append(last_norm(self._config, hidden, torch.from_numpy(norm)))
+        return found
+
+    def _whole(self, one: _Running, name: str) -> Float32:
+        """All of a tensor, as this side computes with it."""
+        values = np.empty(self._tensors[name].shape, np.float32)
+        self._fill(values, one.side, name, 0, None)
+        one.note(name, values)
+        return values
+
+    def _convert(self, first: Side, other: _Running, name: str, values: Float32) -> bool:
+        """Make of all of a tensor, as the first side has it, what another computes with; tell whether it differs."""
+        changed = self._fill(values, other.side, name, 0, first)
+        other.note(name, values)
+        return changed
+
+    def _fill(self, rows: Float32, side: Side, name: str, start: int, first: Side | None) -> bool:
+        """Set `rows`, those from `start` on, to what `side` computes with. first: of which side they are so far, None
+        where they are nothing yet. Tells whether any number changed.
+        """
+        raw = first is not None and name not in first.added
+        step = max(1, _PIECE // math.prod(rows.shape[1:]))
+
+        def fill(at: int) -> bool:
+            piece = rows[at : at + step]
+            new = side.rows(name, start + at, start + at + len(piece), piece if raw else None)
+            changed = not raw or not np.array_equal(piece.view(np.uint32), new.view(np.uint32))
+            if changed:
+                piece[...] = new
+            return changed
+
+        return any(list(self._pool.map(fill, range(0, len(rows), step))))
+
+
+def _new_map(path: Path | None, shape: tuple[int, int]) -> Float32 | None:
+    return None if path is None else np.memmap(path, np.dtype("<f4"), "w+", 0, shape)
+
+
+def _finite(logits: Logits) -> Logits:
+    if not (np.isfinite(logits.top_logits).all() and np.isfinite(logits.logsumexp).all()):
+        raise LlamaExportError(
+            "PyTorch computes logits that are not finite, so they prove nothing; the checkpoint is damaged or its "
+            "config.json is another's: download or copy it again."
+        )
+    return logits

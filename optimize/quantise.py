@@ -148,27 +148,34 @@ def converted(blocks: Blocks, format: Format) -> Blocks:
     return _above_zero(Blocks(format, codes, scales, zeros, offsets, rounded))
 
 
-def blocks_of(tensor: SourceTensor, format: Format) -> Reader:
+def blocks_of(tensor: SourceTensor, format: Format, rows: Float32 | None = None) -> Reader:
     """How rows of `tensor` become blocks of `format`: the checkpoint's own codes where it has them, else
-    round-to-nearest.
+    round-to-nearest. rows: those that will be asked for, where they have been read.
     """
     if tensor.blocks is None or not tensor.keeps_own(format):
         largest = tensor.largest if format.tensor_scale else 0.0
-        return lambda start, stop: quantise(tensor.read(start, stop), format, largest)
+        return lambda start, stop: quantise(tensor.read(start, stop) if rows is None else rows, format, largest)
     own = tensor.blocks
     return own if format == tensor.format else lambda start, stop: converted(own(start, stop), format)
 
 
-def stored_values(tensor: SourceTensor, format: Format, start: int, stop: int, scale_dtype: npt.DTypeLike) -> Float32:
+def stored_values(
+    tensor: SourceTensor,
+    format: Format,
+    start: int,
+    stop: int,
+    scale_dtype: npt.DTypeLike,
+    rows: Float32 | None = None,
+) -> Float32:
     """Rows [start, stop) as float32, columns in their natural order, exactly as a bundle that stores them in `format`
-    computes with them.
+    computes with them. rows: `tensor.read(start, stop)`, where that has been done; left as they are.
     """
     if format.quantised:
-        blocks = round_scales(blocks_of(tensor, format)(start, stop), scale_dtype)
+        blocks = round_scales(blocks_of(tensor, format, rows)(start, stop), scale_dtype)
         values = dequantise(blocks, tensor.shape[1])
         order = tensor.order_in(format)
         return values if order is None else values[:, np.argsort(order)]
-    rows = tensor.read(start, stop)
+    rows = tensor.read(start, stop) if rows is None else rows
     return rows if format == FP32 else to_dense(rows, format).astype(np.float32)
 
 

@@ -27,8 +27,8 @@ GRAPH_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 """The graph, and next to it its weights."""
 ADAPTERS = "adapters"
 """The folder of the adapters that lie beside the weights."""
-REFERENCE, REFERENCE_FILES = "reference", ("reference.json", "logits.npz")
-"""The folder of what PyTorch computed, and what is in it; the same again for each adapter, see `reference_folder`."""
+REFERENCE, REFERENCE_FILES = "reference", ("exact.npz", "original.npz")
+"""The folder of what PyTorch computed, and what is in it; the same again for each adapter, see `reference_file`."""
 USED_FILES = (
     GRAPH_FILE,
     DATA_FILE,
@@ -66,7 +66,8 @@ class FileRecord:
 @dataclass(frozen=True)
 class ModelRecord:
     """Where the weights came from. source: the kind of checkpoint: "folder", "hub" or "gguf"; licence: as the
-    checkpoint names it; duties: what that asks of a deployer, sentences for people.
+    checkpoint names it; duties: what that asks of a deployer, sentences for people; sha256: of the checkpoint, see
+    `export.identity.model_sha256`, None in bundles of old.
     """
 
     id: str
@@ -74,6 +75,7 @@ class ModelRecord:
     revision: str | None = None
     licence: str | None = None
     duties: tuple[str, ...] = ()
+    sha256: str | None = None
 
     @property
     def licence_told(self) -> str:
@@ -296,9 +298,10 @@ def adapter_file(name: str) -> str:
     return f"{ADAPTERS}/{name}.npz"
 
 
-def reference_folder(adapter: str | None) -> str:
-    """Where the reference of a bundle lies, or that of one of its adapters."""
-    return REFERENCE if adapter is None else f"{REFERENCE}/{ADAPTERS}/{adapter}"
+def reference_file(kind: str, adapter: str | None = None) -> str:
+    """Where the reference of this kind (`reference.KINDS`) lies in a bundle, or that of one of its adapters."""
+    folder = REFERENCE if adapter is None else f"{REFERENCE}/{ADAPTERS}/{adapter}"
+    return f"{folder}/{kind}.npz"
 
 
 def is_safe_name(name: str) -> bool:
@@ -379,7 +382,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
 def _used_files(manifest: Manifest) -> Iterator[str]:
     yield from USED_FILES
     for adapter in manifest.choices:
-        yield from (f"{reference_folder(adapter.name)}/{name}" for name in REFERENCE_FILES)
+        yield from (f"{REFERENCE}/{ADAPTERS}/{adapter.name}/{name}" for name in REFERENCE_FILES)
 
 
 def _refuse_device(path: Path) -> None:

@@ -69,6 +69,11 @@ def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 def _source(bundle: Bundle, config: Mapping[str, Any]) -> str | None:
     if TEMPLATE_FILE in bundle.manifest.files:
         return _read(bundle, TEMPLATE_FILE)
+    return configured_template(config)
+
+
+def configured_template(config: Mapping[str, Any]) -> str | None:
+    """The chat template in a tokenizer_config.json, where older checkpoints have it."""
     found = config.get("chat_template")
     if isinstance(found, list):  # several templates by name, of which transformers takes this one when none is named
         items = [item for item in found if isinstance(item, dict) and isinstance(item.get("name"), str)]

@@ -210,15 +210,59 @@ def sample_ids(vocab: int) -> Int32:
     return chosen(vocab, SAMPLES)
 
 
+def chosen_channels(identity: Identity) -> tuple[Int32, Int32]:
+    """The fixed random channels that are kept of a hidden state, and of keys and values."""
+    return chosen(identity.hidden, CHANNELS), chosen(identity.kv_heads * identity.head_dim, CHANNELS)
+
+
 def compress(logits: Float32) -> Logits:
-    """Keep of full logits [n, vocab] what a reference keeps."""
-    vocab = logits.shape[1]
-    count = min(TOP, vocab)
-    top = np.argpartition(logits, vocab - count, axis=1)[:, vocab - count :]
-    order = np.argsort(np.take_along_axis(logits, top, axis=1), axis=1)[:, ::-1]
-    top = np.take_along_axis(top, order, axis=1)
-    ids = sample_ids(vocab)
-    return Logits(top.astype(np.int32), np.take_along_axis(logits, top, axis=1), logsumexp(logits), ids, logits[:, ids])
+    """Keep of full logits [n, vocab] what a reference keeps; of equal ones the first."""
+    passing = PassingLogits(*logits.shape)
+    passing.add(0, logits)
+    return passing.value
+
+
+class PassingLogits:
+    """What a reference keeps of logits [positions, vocab] that pass by in parts of the vocabulary, in order: memory is
+    that of what is kept and of one part.
+    """
+
+    def __init__(self, positions: int, vocab: int) -> None:
+        self._ids = sample_ids(vocab)
+        self._top_ids = np.zeros((positions, 0), np.int32)
+        self._top = np.zeros((positions, 0), np.float32)
+        self._sampled = np.zeros((positions, len(self._ids)), np.float32)
+        self._largest = np.full(positions, -np.inf)
+        self._sum = np.zeros(positions)
+
+    def add(self, start: int, part: Float32) -> None:
+        """part: [positions, n], of the vocabulary entries from `start` on."""
+        stop = start + part.shape[1]
+        inside = (self._ids >= start) & (self._ids < stop)
+        self._sampled[:, inside] = part[:, self._ids[inside] - start]
+        largest = np.maximum(self._largest, part.max(axis=1))
+        with np.errstate(invalid="ignore"):  # logits that are not finite show in the result
+            self._sum *= np.exp(self._largest - largest)
+            self._sum += np.array([np.exp(row - top).sum() for row, top in zip(part, largest, strict=True)])
+        self._largest = largest
+        ids = np.broadcast_to(np.arange(start, stop, dtype=np.int32), part.shape)
+        self._keep_best(np.concatenate([self._top, part], axis=1), np.concatenate([self._top_ids, ids], axis=1))
+
+    def _keep_best(self, values: Float32, ids: Int32) -> None:
+        """Of values [positions, n] the largest, likeliest first; of equal ones those with the smaller id."""
+        count = min(TOP, values.shape[1])
+        found = np.argpartition(values, values.shape[1] - count, axis=1)[:, values.shape[1] - count :]
+        least = np.take_along_axis(values, found, axis=1).min(axis=1, keepdims=True)
+        for row in np.flatnonzero((values >= least).sum(axis=1) > count):  # ties, of which any could have been taken
+            found[row] = np.lexsort((ids[row], -values[row]))[:count]
+        top, ids = np.take_along_axis(values, found, axis=1), np.take_along_axis(ids, found, axis=1)
+        order = np.lexsort((ids, -top), axis=1)
+        self._top, self._top_ids = np.take_along_axis(top, order, axis=1), np.take_along_axis(ids, order, axis=1)
+
+    @property
+    def value(self) -> Logits:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return Logits(self._top_ids, self._top, self._largest + np.log(self._sum), self._ids, self._sampled)
 
 
 def logsumexp(logits: Float32) -> Float64:

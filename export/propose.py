@@ -1,0 +1,70 @@
+"""Greedy text by the exported model, so that PyTorch's weights stream once and not once a token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..runtime.arrays import Float32, Int64
+from ..runtime.replayer import Replayer
+from .prompts import Asked
+
+_TOGETHER = 64
+"""Tokens up to which prompts go through the graph as one batch, padded to the longest."""
+_PIECE = 128
+"""Tokens of a longer prompt in one call: the logits of all of them come back, 4 bytes for each entry of the vocabulary.
+"""
+
+
+def propose(replayer: Replayer, prompts: Sequence[Asked]) -> list[tuple[int, ...]]:
+    """The continuation of each prompt that the graph finds likeliest, token by token, as long as it asks for.
+
+    Nobody relies on it: PyTorch proves every token. Raises LlamaExportError when the engine fails.
+    """
+    most = min(_TOGETHER, replayer.chunk)
+    together = [number for number, prompt in enumerate(prompts) if len(prompt.ids) <= most]
+    batches = [together[at : at + replayer.most_rows] for at in range(0, len(together), replayer.most_rows)]
+    alone = [[number] for number in range(len(prompts)) if number not in together]
+    found: dict[int, tuple[int, ...]] = {}
+    for numbers in (*batches, *alone):
+        found.update(zip(numbers, _continued(replayer, [prompts[number] for number in numbers]), strict=True))
+    return [found[number] for number in range(len(prompts))]
+
+
+def _continued(replayer: Replayer, prompts: Sequence[Asked]) -> list[tuple[int, ...]]:
+    """The continuations of prompts that are read as one batch, or of a single one."""
+    texts = [list(prompt.ids) for prompt in prompts]
+    ends = [len(prompt.ids) + prompt.continuation for prompt in prompts]
+    replayer.begin(len(prompts))
+    last = _read(replayer, [prompt.ids for prompt in prompts])
+    while True:
+        for text, end, row in zip(texts, ends, last, strict=True):
+            if len(text) < end:
+                text.append(int(row.argmax()))
+        if all(len(text) >= end for text, end in zip(texts, ends, strict=True)):
+            break
+        firsts = [len(text) - 1 for text in texts]  # of a text that is complete its last token again
+        ids = np.array([[text[-1]] for text in texts], np.int64)
+        last = replayer.run(ids, firsts, [1] * len(texts))[:, 0]
+    return [tuple(text[len(prompt.ids) :]) for text, prompt in zip(texts, prompts, strict=True)]
+
+
+def _read(replayer: Replayer, texts: Sequence[Sequence[int]]) -> Float32:
+    """The logits after the last token of each text, [texts, vocab]."""
+    if len(texts) > 1:
+        counts = [len(text) for text in texts]
+        logits = replayer.run(_padded(texts), [0] * len(texts), counts)
+        return logits[np.arange(len(texts)), np.array(counts) - 1]
+    (text,), step = texts, min(_PIECE, replayer.chunk)
+    for first in range(0, len(text), step):
+        piece = np.array([text[first : first + step]], np.int64)
+        logits = replayer.run(piece, [first], [piece.shape[1]])
+    return logits[:, -1]
+
+
+def _padded(texts: Sequence[Sequence[int]]) -> Int64:
+    ids = np.zeros((len(texts), max(map(len, texts))), np.int64)
+    for row, text in zip(ids, texts, strict=True):
+        row[: len(text)] = text
+    return ids
