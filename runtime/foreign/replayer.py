@@ -181,6 +181,6 @@ def _notes(folder: ForeignFolder, most_rows: int) -> list[str]:
         )
     if most_rows == 1:
         notes.append(
-            "The graph's inputs do not tell where a shorter text ends, so texts of different lengths did not run together."
+            "The graph cannot be told where a shorter text ends, so texts of different lengths did not run together."
         )
     return notes
