@@ -52,3 +52,20 @@ def order_of(layer: int | None, place: str, layers: int) -> tuple[int, int]:
     if layer is not None:
         return layer, _ORDER[place]
     return (-1 if place == EMBEDDED else layers), _ORDER[place]
+
+WITH_HEADS = frozenset((TURNED_QUERIES, SCALED_QUERIES, CACHED_KEYS, CACHED_VALUES))
+"""Places whose values have an axis of heads."""
+RESULTS = {
+    INPUT_NORM: "input_layernorm",
+    QUERIES: "self_attn.q_proj",
+    KEYS: "self_attn.k_proj",
+    VALUES: "self_attn.v_proj",
+    OUTPUT: "self_attn.o_proj",
+    POST_NORM: "post_attention_layernorm",
+    GATE: "mlp.gate_proj",
+    UP: "mlp.up_proj",
+    DOWN: "mlp.down_proj",
+}
+"""The module of a decoder layer whose result each place is."""
+INPUTS = {ATTENTION: "self_attn.o_proj", ATTENDED: "post_attention_layernorm", ACTIVATED: "mlp.down_proj"}
+"""The module of a decoder layer whose input each place is."""

@@ -1,0 +1,118 @@
+"""`bisect`: the stored weights first, then the graph."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+
+from ...errors import LlamaExportError
+from ...optimize.tensors import Int64
+from ...progress import Progress, Silent
+from ...runtime.bundle import Bundle, reference_file
+from ...runtime.reference import EXACT, Index
+from ...runtime.reference_file import load_index
+from ...runtime.session import read_graph
+from ...runtime.threads import choose_threads
+from ..config import check_config, transformers_config
+from ..source import Source
+from .anatomy import dissect
+from .finding import Bisection
+from .probe import Piece, Probe
+from .stored import compare_stored
+from .walk import Walk
+from .weights import SourceWeights, StoredWeights, Weights, source_weights
+
+_TOKENS, _SINGLE = 24, 4
+PREFILL, CHUNK, DECODE = "prefill", "chunk", "decode"
+
+
+def bisect(
+    bundle: Bundle, *, source: Source | None = None, progress: Progress | None = None, threads: int | None = None
+) -> Bisection:
+    """Compare a bundle with PyTorch place by place, and name the first place that differs by more than rounding.
+
+    source: the checkpoint that the bundle was built from, whose tensors PyTorch then computes with; without it, with
+    those that the bundle stores. threads: of ONNX Runtime, default the physical cores. Raises LlamaExportError when the
+    bundle has no exact reference and no source is given, when the source is of another model, and as `open_session`
+    does; UsageError when `threads` is out of range.
+    """
+    progress, count = progress or Silent(), choose_threads(threads)
+    index = _exact_index(bundle)
+    config = _config(bundle)
+    weights = _weights(bundle, index, source)
+    rows = []
+    if index is not None:
+        progress.stage("Comparing the stored weights")
+        known = weights if isinstance(weights, SourceWeights) else None
+        rows += compare_stored(bundle, index, config, known, progress, count)
+    progress.stage("Comparing layer by layer")
+    model = onnx.load_model_from_string(read_graph(bundle))
+    ids = _text(bundle, index)
+    pieces = cut(len(ids))
+    anatomy = dissect(model, bundle.manifest.shape, config.head_dim)
+    probe = Probe(bundle, model, anatomy.exposed, length=len(ids), threads=count)
+    dtype, context = bundle.manifest.shape.cache_dtype, bundle.manifest.limits.context
+    walk = Walk(config, context, weights, anatomy, probe, ids, pieces, dtype)
+    rows += walk.run(progress)
+    return Bisection(
+        str(bundle.path),
+        probe.name,
+        weights.told,
+        dtype,
+        config.num_hidden_layers,
+        tuple(piece.count for piece in pieces),
+        0 if index is None else len(index.weights) + len(index.tables),
+        tuple(rows),
+        tuple(_notes(bundle, index)),
+    )
+
+
+def cut(length: int) -> tuple[Piece, ...]:
+    """A text of so many tokens in three passes: a prefill, a second piece on the filled cache, and single tokens."""
+    single = min(_SINGLE, length // 3)
+    first = length - single - (length - single) // 3
+    firsts = [0, first, *range(length - single, length)]
+    names = [PREFILL, CHUNK, *[DECODE] * single]
+    stops = [*firsts[1:], length]
+    return tuple(
+        Piece(name, start, stop - start) for name, start, stop in zip(names, firsts, stops, strict=True) if stop > start
+    )
+
+
+def _exact_index(bundle: Bundle) -> Index | None:
+    path = bundle.path / reference_file(EXACT)
+    return load_index(path) if path.is_file() else None
+
+
+def _config(bundle: Bundle):
+    try:
+        value = json.loads(bundle.file("config.json").read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise LlamaExportError(f"{bundle.path}/config.json cannot be read ({error}); build the bundle again.") from error
+    check_config(value)
+    return transformers_config(value)
+
+
+def _weights(bundle: Bundle, index: Index | None, source: Source | None) -> Weights:
+    records = None if index is None else index.weights
+    if source is not None:
+        return source_weights(bundle, source.tensors, records, source.model_id)
+    if records is None:
+        raise LlamaExportError(
+            f"{bundle.path} has no exact reference that says where its weights lie; name the checkpoint with -m, or "
+            "build the bundle again without --no-reference."
+        )
+    return StoredWeights(bundle, records)
+
+
+def _text(bundle: Bundle, index: Index | None) -> Int64:
+    """Tokens of the reference's longest prompt, or random ones."""
+    length = min(_TOKENS, bundle.manifest.limits.context)
+    ids = max((prompt.ids for prompt in index.prompts), key=len) if index is not None and index.prompts else ()
+    random = np.random.default_rng(0).integers(0, bundle.manifest.shape.vocab, length)
+    return np.concatenate([np.array(ids, np.int64), random[len(ids) :]])[:length]
+
+def _notes(bundle, index):
+    return iter(())
