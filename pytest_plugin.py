@@ -30,9 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--llama-backend", metavar="NAME", help="On this backend; default: what `run` would take.")
     group.addoption("--llama-threads", type=int, metavar="N", help="Threads; default: as `verify` takes.")
-    group.addoption(
-        "--llama-max-kl", type=float, metavar="X", help="The most that quantisation may cost, as of `verify`."
-    )
+    group.addoption("--llama-max-kl", type=float, metavar="X", help="The most that quantisation may cost.")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -52,7 +50,7 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, A
             report.result.append(BundleTests.from_parent(collector, name=folder, nodeid=folder))
 
 
-class GateFailed(Exception):
+class GateError(Exception):
     """A gate that failed or could not be asked; the message says why."""
 
 
@@ -93,17 +91,17 @@ class GateTest(pytest.Item):
     parent: BundleTests
 
     def runtest(self) -> None:
-        """Raises GateFailed with what failed."""
+        """Raises GateError with what failed."""
         verdict = self.parent.verdict()
         failed = _rest(verdict, self.parent.planned) if self.name == REST else _own(verdict, self.name)
         if failed:
-            raise GateFailed("\n".join(failed))
+            raise GateError("\n".join(failed))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """One sentence for each failure; a traceback only where the fault is in the program."""
         from .errors import LlamaExportError  # noqa: PLC0415 (see the module's docstring)
 
-        if isinstance(excinfo.value, (GateFailed, LlamaExportError)):
+        if isinstance(excinfo.value, (GateError, LlamaExportError)):
             return str(excinfo.value)
         return super().repr_failure(excinfo, style)
 

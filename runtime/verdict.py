@@ -80,6 +80,7 @@ class Moment:
 class Case:
     """One prompt in one way through the graph ("" where a check has none): its gates. kl: of each position; worst: the
     positions with the largest. prompt_tokens: so many of `kl` come first that are the prompt's, 0 where it is not said.
+    first: the position of its first in the text.
     """
 
     gates: tuple[Gate, ...]
@@ -88,6 +89,7 @@ class Case:
     kl: tuple[float, ...] = ()
     worst: tuple[Moment, ...] = ()
     prompt_tokens: int = 0
+    first: int = 0
 
     @property
     def passed(self) -> bool:

@@ -11,9 +11,7 @@ PROMPTS = ("short", "long", "非拉丁文字", "code")
 def gates(*, difference: float = 1.94e-4) -> tuple[Gate, ...]:
     """Those of full-precision kernels in float32."""
     return (
-        Gate(
-            "difference", "largest difference of a logit", difference, 1.37e-3, reason="float32 sums in another order"
-        ),
+        Gate("difference", "largest difference of a logit", difference, 1.37e-3, reason="another order of sums"),
         Gate("relative", "largest difference, relative to the position's largest logit", 4.21e-6, 3e-4),
         Gate("cosine", "smallest cosine of the logits", 0.99999999993, 0.999999, at_least=True),
         Gate("norm_ratio", "largest deviation of the ratio of norms from 1", 1.13e-6, 1e-4),
