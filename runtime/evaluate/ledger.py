@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -78,13 +78,14 @@ class Ledger:
             self._file.flush()
 
     @contextlib.contextmanager
-    def _kept(self) -> Any:
+    def _kept(self) -> Iterator[None]:
         """What fails in here ends the keeping, not the evaluation."""
         try:
             yield
         except OSError as error:
             if self._file is not None:
-                self._file.close()
+                with contextlib.suppress(OSError):  # it tries again to write what it could not
+                    self._file.close()
             self._file = None
             self._progress.warn(
                 f"What is computed cannot be kept for a later run ({error.strerror or error}); a run that is stopped "
