@@ -102,28 +102,49 @@ def build(*, no_reference: bool, as_json: bool, quiet: bool, **options: Any) -> 
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--no-hash", is_flag=True, help="Leave out the files' hashes: only weights and logits are compared.")
-@backend_options
+@click.option(
+    "--reference",
+    "references",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A file that `reference` made, in place of the bundle's own of that kind; may be given several times.",
+)
+@click.option("--any-model", is_flag=True, help="Take a reference of another checkpoint with the same tokenizer.")
+@click.option("--backend", metavar="NAMES", help="What computes, with commas between several; default: the best here.")
+@engine_dir_option
 @threads_option
+@click.option("--no-hash", is_flag=True, help="Leave out the files' hashes: only weights and logits are compared.")
+@click.option("--max-kl", type=click.FloatRange(min=0), help="Fail when quantisation cost more than this, in nats.")
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path, allow_dash=True), help="Write the verdict; - prints."
 )
+@click.option("--junit", type=click.Path(path_type=Path), help="Write it for CI, a case for each prompt and gate.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write it as a page, with curves and worst tokens.")
+@click.option("--bisect", is_flag=True, help="Say where the graph breaks, layer by layer and operation by operation.")
+@click.option("-m", "--model", help="The checkpoint that --bisect computes with; default: the weights in the bundle.")
 @quiet_option
-def verify(bundle: Path, *, no_hash: bool, json_file: Path | None, quiet: bool, **where: Any) -> None:
-    """Replay what PyTorch computed and compare; exit 1 when a gate fails."""
-    from .runtime.bundle import open_bundle
-    from .runtime.verify import verify as replay
+def verify(
+    bundle: Path, *, json_file: Path | None, junit: Path | None, html: Path | None, quiet: bool, **options: Any
+) -> None:
+    """Replay what PyTorch computed and compare; exit 1 when a gate fails.
 
+    BUNDLE may be a folder that optimum or onnxruntime-genai exported, with --reference.
+    """
+    from .verifying import VerifyOptions, backends_of, report_of, write_whole
+
+    if options["bisect"]:
+        need_extra("build", ("torch", "transformers", "onnx"), "Finding where a graph breaks")
+    backends, check_hashes = backends_of(options.pop("backend")), not options.pop("no_hash")
     with Terminal(quiet=quiet) as progress:
-        verdict = replay(open_bundle(bundle), check_hashes=not no_hash, progress=progress, **where)
-    text = json.dumps(verdict.to_json(), indent=2)
+        report = report_of(bundle, VerifyOptions(backends=backends, check_hashes=check_hashes, **options), progress)
     if str(json_file) == "-":
-        click.echo(text)
+        click.echo(report.json(), nl=False)
     else:
-        echo_lines(verdict.lines())
-        if json_file is not None:
-            json_file.write_text(text + "\n", encoding="utf-8", newline="\n")
-    if not verdict.passed:
+        echo_lines(report.lines())
+    for path, text in ((json_file, report.json), (junit, report.junit), (html, report.html)):
+        if path is not None and str(path) != "-":
+            write_whole(path, text())
+    if not report.passed:
         raise SystemExit(1)
 
 
@@ -141,7 +162,7 @@ def verify(bundle: Path, *, no_hash: bool, json_file: Path | None, quiet: bool, 
     metavar="DIR[:WEIGHT]",
     help="A LoRA adapter that this checkpoint needs, as the bundle has it; may be given several times.",
 )
-@click.option("--any-model", is_flag=True, help="Compare with another model than the bundle's, of the same sizes.")
+@click.option("--any-model", is_flag=True, help="Compare with another model than the bundle's, of the same vocabulary.")
 @click.option("--window", type=click.IntRange(min=2), help="Tokens read at a time; default: 1024, at most the context.")
 @click.option("--stride", type=click.IntRange(min=1), help="From window to window; default: the window, no overlap.")
 @click.option("--limit", type=click.IntRange(min=1), help="Windows or questions at most; default: all.")

@@ -27,9 +27,8 @@ def build_and_verify(
             return
         verdict = verify(bundle, check_hashes=False, threads=None, progress=progress, engine=file)
         if not verdict.passed:
-            failed = [str(gate) for one in verdict.checks for gate in one.gates if not gate.passed]
             raise LlamaExportError(
-                f"The engine computes something else than PyTorch ({'; '.join(failed) or 'not compared'}), so it "
+                f"The engine computes something else than PyTorch ({'; '.join(verdict.failed)}), so it "
                 "is not kept; `llama-export run --backend onnxruntime` runs the bundle on the CPU."
             )
 

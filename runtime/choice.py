@@ -11,7 +11,7 @@ from ..names import BACKENDS, ONNXRUNTIME, ORT
 from .backend import OnnxRuntimeBackend
 from .bundle import CUDA_PROVIDER, Bundle
 from .cuda_backend import CudaBackend
-from .executor import StepBackend
+from .executor import Executor, StepBackend
 from .ort_executors import onnxruntime_executor
 from .sequence import Backend
 from .session import import_onnxruntime
@@ -89,6 +89,17 @@ def open_backend(
     backend = StepBackend(bundle, onnxruntime_executor(bundle, threads=threads), capacity=capacity)
     backend.use_adapter(adapter)
     return Opened(backend, choice.note)
+
+
+def open_rows(bundle: Bundle, choice: Choice, rows: int) -> Executor:
+    """The engine of a choice for several texts at once, which `Backend` does not know.
+
+    Raises LlamaExportError when it cannot be loaded, UsageError when it is not for so many texts.
+    """
+    from .tensorrt import TensorRTExecutor  # noqa: PLC0415 (bundles for ONNX Runtime need none of it)
+
+    assert choice.engine is not None
+    return TensorRTExecutor(bundle, choice.engine, rows=rows)
 
 
 def _refuse_other(bundle: Bundle, asked: str) -> None:

@@ -14,15 +14,16 @@ import numpy as np
 from .decode_json import decode
 from .parity import Comparison
 from .verdict import Gate
+from .ways import GREEDY
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-FULL, SHIPPED, ENGINE, COST = "full", "shipped", "engine", "cost"
-"""The questions about logits: full-precision kernels against PyTorch on the same weights; the kernels that ship, or an
-engine, against those; and what really runs against PyTorch on the original weights.
+FILES, WEIGHTS, FULL, SHIPPED, ENGINE, COST, LAYERS = "files", "weights", "full", "shipped", "engine", "cost", "layers"
+"""The questions. About logits: full-precision kernels against PyTorch on the same weights; the kernels that ship, or an
+engine, against those; and what really runs against PyTorch on the original weights. `layers` looks inside the graph.
 """
 HALF_AS_LIKELY = float(np.log(2))
 
@@ -63,7 +64,18 @@ FIGURES: Mapping[str, Figure] = {
         Figure("top10", "mean overlap of the ten likeliest tokens", lambda found: float(found.top10.mean()), True),
     )
 }
-"""Those that one limit judges; `argmax` and `greedy` need to know what a near tie is, see `Limits`."""
+"""Those that one limit judges."""
+NEAR_TIES: Mapping[str, str] = {
+    "argmax": "positions with another argmax, near ties aside",
+    GREEDY: "tokens of greedy text that part from the reference's, near ties aside",
+}
+"""Those that count tokens, and need to know what a near tie is, see `Limits`."""
+HIDDEN: Mapping[str, str] = {
+    "hidden": "largest difference of a hidden state, relative to the layer's largest",
+    "keys": "largest difference of a key, relative to the layer's largest",
+    "values": "largest difference of a value, relative to the layer's largest",
+}
+"""Those of the line `layers`."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +105,19 @@ class Limits:
         """
         return self.near_tie if self.near_tie is not None else 2 * self.allowed_difference(largest)
 
-    def judge(self, compared: Comparison, largest: float) -> tuple[Gate, ...]:
+    def figures(self, way: str) -> tuple[str, ...]:
+        """The ids of the gates that are asked about a way."""
+        return tuple(id for id in self.limits if (id == GREEDY) == (way == GREEDY))
+
+    def judge(self, compared: Comparison, largest: float, way: str = "") -> tuple[Gate, ...]:
         """The gates of one comparison. largest: magnitude of the reference's logits."""
         gates = []
-        for id, limit in self.limits.items():
-            reason = self.reasons.get(id, "")
-            if id == "argmax":
+        for id in self.figures(way):
+            limit, reason = self.limits[id], self.reasons.get(id, "")
+            if id in NEAR_TIES:
                 wrong = float((compared.shortfall > self.tie(largest)).sum())
-                gates.append(Gate(id, "positions with another argmax, near ties aside", wrong, limit, reason=reason))
-            elif id in FIGURES:
+                gates.append(Gate(id, NEAR_TIES[id], wrong, limit, reason=reason))
+            else:
                 figure = FIGURES[id]
                 allowed = self.allowed_difference(largest) if id == "difference" else limit
                 gates.append(Gate(id, figure.name, figure.of(compared), allowed, figure.at_least, reason))

@@ -56,7 +56,7 @@ class GraphReplayer:
         self.name = engine_name(import_onnxruntime(manifest), manifest)
         self.vocab, self.context = manifest.shape.vocab, manifest.limits.context
         self.chunk = min(self.context, _LONGEST_CALL)
-        self.most_rows = _most_rows(manifest.shape, self.context)
+        self.most_rows = most_rows(manifest.shape, self.context)
         self._hidden = {layer: values[layer] for layer in layers if layer in values}
         if self._hidden:
             graph = with_outputs(graph, self._hidden.values())
@@ -233,7 +233,7 @@ def _places(firsts: npt.NDArray[np.int64], count: int) -> tuple[Int64, Int64]:
     return new + firsts[:, None], new
 
 
-def _most_rows(shape: Shape, context: int) -> int:
+def most_rows(shape: Shape, context: int) -> int:
     """Texts at once whose cache stays within `_CACHE_BYTES`."""
     token = 2 * math.prod((shape.layers, shape.kv_heads, shape.head_dim, np.dtype(shape.cache_dtype).itemsize))
     return max(1, min(MOST_ROWS, _CACHE_BYTES // (token * min(context, _USUAL_TEXT))))

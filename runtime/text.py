@@ -81,6 +81,11 @@ class Tokenizer:
         text: str = self._inner.decode(list(ids), skip_special_tokens=True)
         return text
 
+    def told(self, token: int) -> str:
+        """One token for people: special ones by name, and by number those that the tokenizer does not know."""
+        name = self._inner.id_to_token(token)
+        return f"#{token}" if name is None else self.decode([token]) or name
+
     def ends_in_byte(self, token: int) -> bool:
         """Tell whether a token is one raw byte (SentencePiece's byte fallback), whose reading the next may change."""
         return self._has_byte_tokens and _BYTE_TOKEN.fullmatch(self._inner.id_to_token(token) or "") is not None

@@ -147,6 +147,17 @@ class Verdict:
     def passed(self) -> bool:
         return all(check.passed for check in self.checks)
 
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """What did not pass, a few words each; of a figure that fails in several ways and prompts, once."""
+        told = {}
+        for check in self.checks:
+            gates = [gate for case in check.cases for gate in case.gates if not gate.passed]
+            told.update({(check.id, gate.figure): str(gate).removeprefix("FAIL ") for gate in reversed(gates)})
+            if check.error is not None:
+                told[check.id, ""] = check.error
+        return tuple(told.values())
+
     def to_json(self) -> dict[str, object]:
         """For programs: one of the runs of `verify --json`."""
         return {

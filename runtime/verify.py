@@ -1,16 +1,16 @@
-"""Replaying the reference inside a bundle: does this machine compute what PyTorch computed?
+"""Replaying references on a bundle: does this machine compute what PyTorch computed, and what did quantisation cost?
 
-Three questions, each with its own gates. Are the stored weights bit for bit those that PyTorch used? Does the graph,
-with kernels that compute in full precision, give PyTorch's logits? And does what will really run (kernels with int8
-activations inside, or an engine of TensorRT) stay close to those full-precision ones? The last cannot see small faults,
-whose effect drowns in its own noise, which is why the first two are asked apart.
+Questions with gates of their own, see `gates`. Are the stored weights bit for bit those that PyTorch used? Does the
+graph, with kernels that compute in full precision, give PyTorch's logits, and what PyTorch has inside? Does what will
+really run (kernels with int8 activations inside, or an engine of TensorRT) stay close to those full-precision ones? It
+cannot see small faults, whose effect drowns in its own noise, which is why the first two are asked apart. And how far
+is what really runs from the original weights? Each is asked in all ways that texts take through a graph, see `ways`.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,17 +20,25 @@ import numpy as np
 from ..errors import LlamaExportError
 from ..progress import Progress
 from .backend import OnnxRuntimeBackend
-from .batch import BatchReplay
-from .bundle import Bundle
-from .choice import Choice, choose_backend, open_backend
-from .cpu_graph import rounds_activations
+from .bundle import Bundle, open_bundle
+from .choice import Choice, choose_backend, open_backend, open_rows
+from .foreign import is_foreign
+from .gates import FILES, LAYERS, WEIGHTS
 from .hashes import differing_files
-from .parity import Comparison, compare
-from .reference import Logits, Reference, compress, load_reference
+from .judging import Judge, Question, Read, told, whole
+from .layer_check import layer_figures, layer_gates
+from .proofs import Proof, proofs_of
+from .questions import Plan, gates_of, named, plan_of, real_rows, require_original
+from .reference import Logits, Reference, compress
+from .replayer import Replayer
+from .replayers import BackendReplayer, ExecutorReplayer, GraphReplayer
 from .sequence import Backend
 from .session import engine_name, import_onnxruntime, read_graph
+from .text import Tokenizer
 from .threads import choose_threads
 from .verdict import Check, Gate, Verdict
+from .verify_foreign import planned_foreign, verify_foreign
+from .ways import BATCH, ONE_PIECE, WAYS, Text
 from .weights import WeightDifference, compare_matrices, compare_weights
 
 if TYPE_CHECKING:
@@ -40,151 +48,235 @@ _TOLD = 5  # of the things that differ
 
 
 @dataclass(frozen=True)
-class GateLimits:
-    """difference: of any kept logit, in full precision, or `relative` times the largest logit where that is more, since
-    float32 rounds larger logits by more. kl: the largest of any position, in nats. shipped_kl: the mean over positions
-    of the shipped kernels against the full-precision ones. shipped_agreement: share of positions with the same argmax,
-    where a token at least half as likely as the best counts as the same.
+class PlannedGate:
+    """A gate that will be asked about. check, way, prompt, figure: as in `Check`, `Case` and `Gate`."""
+
+    check: str
+    way: str
+    prompt: str
+    figure: str
+
+
+def planned(
+    bundle: Bundle | Path,
+    *,
+    references: Sequence[Path] = (),
+    any_model: bool = False,
+    backend: str | None = None,
+    engine_dir: Path | None = None,
+    check_hashes: bool = True,
+    max_kl: float | None = None,
+    threads: int | None = None,
+) -> tuple[PlannedGate, ...]:
+    """The gates that `verify` with the same arguments asks about, in its order; nothing of the model is loaded.
+
+    Raises as `verify` does where that ends before anything runs.
     """
-
-    difference: float
-    relative: float
-    kl: float
-    shipped_kl: float
-    shipped_agreement: float
-
-
-LIMITS: Mapping[str, GateLimits] = {
-    "float32": GateLimits(difference=1e-3, relative=3e-5, kl=1e-5, shipped_kl=0.05, shipped_agreement=0.9),
-    # float16 has 11 bits of mantissa, float32 24: what float32 rounds at 1e-5 of a logit, float16 does at a few 1e-3.
-    "float16": GateLimits(difference=5e-2, relative=5e-3, kl=1e-2, shipped_kl=0.05, shipped_agreement=0.9),
-}
-"""By the dtype of activations and cache."""
-
-
-@dataclass(frozen=True)
-class RunLimits:
-    """Of what really runs against the full-precision kernels, as of `GateLimits`."""
-
-    kl: float
-    agreement: float
-
-
-ENGINE_LIMITS = RunLimits(kl=0.01, agreement=0.95)
-"""Of an engine: it computes in float16 what the full-precision kernels do, and rounds no activations to 8 bits."""
-ROUNDED_LIMITS = RunLimits(kl=0.25, agreement=0.8)
-"""Where the graph itself rounds activations to 8 bits by fixed scales, which has a price (SmolLM2: 0.023 and 0.996 in
-int8, several times that on other texts; 0.9 where no projection is left out): beyond it something is broken.
-"""
-
-_HALF_AS_LIKELY = float(np.log(2))
+    if not isinstance(bundle, Bundle) and is_foreign(bundle):
+        return tuple(PlannedGate(*gate) for gate in planned_foreign(bundle, references, max_kl))
+    bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    choose_threads(threads)
+    choice = choose_backend(bundle, backend, engine_dir)
+    proofs = proofs_of(bundle, references, any_model=any_model)
+    require_original(proofs, max_kl)
+    graph = read_graph(bundle)
+    found = [(FILES, "", "", "different")] if check_hashes else []
+    for proof in proofs:
+        found += gates_of(plan_of(bundle, proof, choice, graph, max_kl))
+    return tuple(PlannedGate(*gate) for gate in found)
 
 
 def verify(
-    bundle: Bundle,
+    bundle: Bundle | Path,
     *,
     check_hashes: bool,
     threads: int | None,
     progress: Progress,
+    references: Sequence[Path] = (),
+    any_model: bool = False,
     backend: str | None = None,
     engine_dir: Path | None = None,
     engine: EngineFile | None = None,
+    max_kl: float | None = None,
 ) -> Verdict:
-    """Replay the bundle's reference here and compare.
+    """Replay references here and compare.
 
-    backend, engine_dir: as of `choose_backend`; engine: this one instead. Raises UsageError when the backend is none
-    for this bundle or `threads` is out of range, and LlamaExportError when the bundle cannot be compared at all: it
-    needs another ONNX Runtime, or has no reference. Where files differ from the manifest, that is the verdict.
+    bundle: also the path of one, or of a folder that another tool exported, which needs a reference. references: files
+    in place of the bundle's own, and any_model: see `proofs_of`. backend, engine_dir: as of `choose_backend`; engine:
+    this one instead. max_kl: the most that quantisation may cost, as the mean KL divergence in nats.
+
+    Raises UsageError when the backend is none for this bundle, a file is no reference for it or `threads` is out of
+    range, and LlamaExportError when the bundle cannot be compared at all: it needs another ONNX Runtime, or has no
+    reference. Where files differ from the manifest, or a gate has failed before, that is the verdict.
     """
+    if not isinstance(bundle, Bundle) and is_foreign(bundle):
+        return verify_foreign(bundle, references, threads=threads, progress=progress, max_kl=max_kl)
+    bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     began = time.perf_counter()
     if engine is not None:
         choice = Choice(bundle.manifest.backend, engine, asked=True)
     else:
         choice = choose_backend(bundle, backend, engine_dir)
-    run = _Run(bundle, choose_threads(threads), choice, progress)
-    checks, positions, longest = [], 0, 0
-    if check_hashes:
-        progress.stage("Checking the files' hashes")
-        checks.append(_files(bundle))
+    run = _Run(bundle, choose_threads(threads), choice, progress, max_kl)
+    checks: list[Check] = []
+    proofs: tuple[Proof, ...] = ()
     try:
-        reference = load_reference(bundle.path)
-        positions = len(reference.logits.logsumexp)
-        longest = max(len(prompt.ids) for prompt in reference.index.prompts)
-        for check in run.replays(reference):
+        if check_hashes:
+            progress.stage("Checking the files' hashes")
+            checks.append(_files(bundle))
+        proofs = proofs_of(bundle, references, any_model=any_model)
+        require_original(proofs, max_kl)
+        for check in run.checks(proofs):
             checks.append(check)  # noqa: PERF402 (an error leaves those before it)
     except LlamaExportError as error:
         if all(check.passed for check in checks):
             raise
-        checks.append(Check("Not compared any further", (), (str(error),)))
-    seconds = time.perf_counter() - began
+        checks.append(Check(run.asking, "Not compared any further", error=str(error)))
     used = None if bundle.manifest.engine is None else choice.engine is not None
-    return Verdict(str(bundle.path), run.name, positions, tuple(checks), seconds, longest, run.notes, used)
+    return Verdict(
+        bundle=str(bundle.path),
+        backend=run.name,
+        positions=sum(proof.main.index.positions for proof in proofs if proof.adapter is None),
+        checks=tuple(checks),
+        seconds=time.perf_counter() - began,
+        longest=max((len(prompt.ids) for proof in proofs for prompt in proof.prompts), default=0),
+        notes=(*run.notes, *dict.fromkeys(run.untold)),
+        engine=used,
+    )
 
 
 class _Run:
-    """One verification: of which bundle, and with what it computes."""
+    """One verification: of which bundle, and with what it computes. asking: the id of the check that is being made."""
 
-    def __init__(self, bundle: Bundle, threads: int, choice: Choice, progress: Progress) -> None:
-        self.bundle, self.threads, self.choice, self.progress = bundle, threads, choice, progress
-        self.limits = LIMITS[bundle.manifest.shape.cache_dtype]
+    def __init__(self, bundle: Bundle, threads: int, choice: Choice, progress: Progress, max_kl: float | None) -> None:
+        self.bundle, self.threads, self.choice, self.progress, self.max_kl = bundle, threads, choice, progress, max_kl
         self.notes = (*bundle.manifest.notes, *((choice.note,) if choice.note else ()))
+        self.untold: list[str] = []
+        self.asking = FILES
         engine = choice.engine
         self.name = f"{engine.module} {engine.version}" if engine else _onnxruntime(bundle)
+        self._read = _reader(bundle)
 
-    def replays(self, reference: Reference) -> Iterator[Check]:
-        """The checks against the reference, each as soon as it is made."""
-        self.progress.stage("Comparing the stored weights")
-        yield _weights(self.bundle, reference, self.progress, self.threads)
-        graph, exact = read_graph(self.bundle), _by_prompt(reference)
-        missing = self._no_onnxruntime()
-        if missing is None:
-            self.progress.stage("Replaying with full-precision kernels")
-            compared, exact = _replay_exact(self.bundle, graph, reference, self.threads)
-            yield _full_precision(compared, reference, self.limits)
-        self.progress.stage(
-            "Replaying with the engine" if self.choice.engine else "Replaying with the kernels that ship"
-        )
-        # An engine that does not load is an error here, not a reason to take another backend.
+    def checks(self, proofs: Sequence[Proof]) -> Iterator[Check]:
+        """The checks against all references, each as soon as it is made."""
+        graph, backend = read_graph(self.bundle), None
+        for proof in proofs:
+            plan = plan_of(self.bundle, proof, self.choice, graph, self.max_kl)
+            self.untold += plan.untold
+            if plan.weights and proof.adapter is None:
+                self._begin(WEIGHTS, "Comparing the stored weights")
+                yield _weights(self.bundle, plan, self.progress, self.threads)
+            elif plan.weights:
+                # An adapter's matrices are read into the graph's inputs, and compared there.
+                backend = backend or self._open()
+                yield _matrices(backend, plan)
+            kept = None
+            if plan.missing is None and plan.real is not None:
+                kept = yield from self._full(plan, graph)
+            backend = backend or self._open()
+            yield from self._real(plan, backend, kept)
+
+    def _begin(self, check: str, stage: str) -> None:
+        self.asking = check
+        self.progress.stage(stage)
+
+    def _open(self) -> Backend:
+        """What really runs. An engine that does not load is an error here, not a reason to take another backend."""
         backend = open_backend(self.bundle, replace(self.choice, asked=True), threads=self.threads).backend
         self.name = backend.name
-        yield self._real(graph, _replay_real(backend, reference, exact), missing)
-        if isinstance(backend, OnnxRuntimeBackend):
-            for adapter in self.bundle.manifest.choices:
-                self.progress.stage(f"Replaying with the adapter {adapter.name}")
-                yield from self._adapter(adapter.name, backend, graph)
+        return backend
 
-    def _no_onnxruntime(self) -> str | None:
-        """Why the full-precision kernels cannot be asked on a device whose engine can; None where they can."""
-        if self.choice.engine is None:
-            return None
-        try:
-            _onnxruntime(self.bundle)
-        except LlamaExportError as error:
-            return str(error)
-        return None
+    def _full(self, plan: Plan, graph: bytes) -> Generator[Check, None, list[Logits]]:
+        """The graph in full precision; returns what is kept of its logits."""
+        proof, began = plan.proof, time.perf_counter()
+        self._begin(plan.id("full"), f"Replaying with full-precision kernels{_with(proof)}")
+        replayer = GraphReplayer(
+            self.bundle, graph, self.threads, exact=True, adapter=proof.adapter, layers=plan.hidden
+        )
+        kept = _Kept(proof.texts)
+        if plan.full is None or proof.exact is None:
+            self._replay(replayer, proof.texts, (ONE_PIECE,), [], kept)
+            return kept.logits
+        judge = _judge(plan.full, proof.exact)
+        self._replay(replayer, proof.texts, plan.full.ways, [judge], kept)
+        yield replace(self._asked(judge), seconds=time.perf_counter() - began)
+        if plan.layers is not None:
+            began = time.perf_counter()
+            self._begin(plan.id(LAYERS), f"Looking inside of the graph{_with(proof)}")
+            figures = layer_figures(replayer, proof.exact)
+            title = f"Inside of the graph, layer by layer against PyTorch{_with(proof)}"
+            details = () if plan.hidden else ("The graph does not tell which of its values are hidden states.",)
+            gates = layer_gates(figures, plan.layers)
+            yield Check(plan.id(LAYERS), title, whole(gates), details, figures, seconds=time.perf_counter() - began)
+        return kept.logits
 
-    def _real(self, graph: bytes, compared: Comparison, missing: str | None = None) -> Check:
-        """missing: why PyTorch's logits take the place of the full-precision kernels', None where they do not."""
-        limits = RunLimits(self.limits.shipped_kl, self.limits.shipped_agreement)
-        if rounds_activations(graph):
-            limits = ROUNDED_LIMITS
-        elif self.choice.engine is not None:
-            limits = ENGINE_LIMITS
-        what = "Shipped kernels, cache in place" if self.choice.engine is None else f"Engine on {self.name}"
-        other = "the full-precision ones" if self.choice.engine is None else "the full-precision kernels"
-        if missing is not None:
-            other = "PyTorch on the same stored weights"
-        return _compared_run(f"{what}, against {other}", compared, limits, () if missing is None else (missing,))
+    def _real(self, plan: Plan, backend: Backend, kept: Sequence[Logits] | None) -> Iterator[Check]:
+        """What really runs, against the full-precision run and what the original weights give.
 
-    def _adapter(self, name: str, backend: OnnxRuntimeBackend, graph: bytes) -> Iterator[Check]:
-        """The same questions of an adapter that lies beside the weights."""
-        reference = load_reference(self.bundle.path, name)
-        backend.use_adapter(name)
-        different = compare_matrices(backend.matrices, reference.index.weights)
-        yield _stored(f"Stored matrices of the adapter {name}", len(reference.index.weights), different)
-        compared, exact = _replay_exact(self.bundle, graph, reference, self.threads, name)
-        yield _named(_full_precision(compared, reference, self.limits), name)
-        yield _named(self._real(graph, _replay_real(backend, reference, exact)), name)
+        kept: of the full-precision run; None for the exact reference's.
+        """
+        proof, began = plan.proof, time.perf_counter()
+        judges = []
+        if plan.real is not None:
+            expected = kept or _by_prompt(proof.main)
+            judges.append(Judge(plan.real, proof.prompts, expected, _largest(expected)))
+        if plan.cost is not None and proof.original is not None:
+            judges.append(_judge(plan.cost, proof.original))
+        if not judges:
+            return
+        what = "the engine" if self.choice.engine else "the kernels that ship"
+        self._begin(judges[0].question.id, f"Replaying with {what}{_with(proof)}")
+        backend.use_adapter(proof.adapter)
+        ways = [way for way in WAYS if any(way in judge.question.ways for judge in judges)]
+        self._replay(BackendReplayer(backend), proof.texts, [way for way in ways if way != BATCH], judges)
+        if BATCH in ways:
+            rows = real_rows(self.bundle, self.choice)
+            replayer = ExecutorReplayer(self.bundle, open_rows(self.bundle, self.choice, rows))
+            self._replay(replayer, proof.texts, (BATCH,), judges)
+        seconds = time.perf_counter() - began
+        for judge in judges:
+            check = self._asked(judge)
+            if judge.question is plan.cost:
+                yield check if plan.max_kl is None else judge.budgeted(check, plan.max_kl)
+            else:
+                yield replace(check, seconds=seconds)
+
+    def _replay(
+        self,
+        replayer: Replayer,
+        texts: Sequence[Text],
+        ways: Sequence[str],
+        judges: Sequence[Judge],
+        kept: _Kept | None = None,
+    ) -> None:
+        """Go all ways once; what is kept is of the first."""
+        chunk = self.bundle.manifest.limits.prefill_chunk
+        for done, way in enumerate(ways):
+            self.progress.share(done / len(ways))
+            for piece in WAYS[way](replayer, texts, chunk):
+                if kept is not None and way == ONE_PIECE:
+                    kept.add(piece.text, piece.logits)
+                for judge in judges:
+                    judge.add(way, piece)
+        self.progress.share(1.0)
+
+    def _asked(self, judge: Judge) -> Check:
+        question = judge.question
+        return Check(question.id, question.title, tuple(judge.cases(self._read)), (*told(judge), *question.details))
+
+
+class _Kept:
+    """What is kept of a run's logits, for each text."""
+
+    def __init__(self, texts: Sequence[Text]) -> None:
+        self._parts: list[list[Logits]] = [[] for _ in texts]
+
+    def add(self, text: int, logits: np.ndarray) -> None:
+        self._parts[text].append(compress(np.nan_to_num(logits)))
+
+    @property
+    def logits(self) -> list[Logits]:
+        return [Logits.joined(parts) for parts in self._parts]
 
 
 def _onnxruntime(bundle: Bundle) -> str:
@@ -192,113 +284,65 @@ def _onnxruntime(bundle: Bundle) -> str:
     return engine_name(import_onnxruntime(bundle.manifest), bundle.manifest)
 
 
+def _reader(bundle: Bundle) -> Read:
+    """The texts of tokens, or their numbers where the tokenizer is damaged."""
+    try:
+        return Tokenizer.load(bundle.file("tokenizer.json"), bundle.manifest.tokens).told
+    except LlamaExportError:
+        return "#{}".format
+
+
+def _with(proof: Proof) -> str:
+    return "" if proof.adapter is None else f", with the adapter {proof.adapter}"
+
+
 def _by_prompt(reference: Reference) -> list[Logits]:
-    length = len(reference.index.prompts[0].ids)
-    return [reference.logits.rows(i * length, (i + 1) * length) for i in range(len(reference.index.prompts))]
+    return [reference.of_prompt(number) for number in range(len(reference.index.prompts))]
 
 
-def _named(check: Check, adapter: str) -> Check:
-    return replace(check, title=f"{check.title}, with the adapter {adapter}")
+def _judge(question: Question, reference: Reference) -> Judge:
+    expected = _by_prompt(reference)
+    return Judge(question, reference.index.prompts, expected, _largest(expected))
+
+
+def _largest(expected: Sequence[Logits]) -> float:
+    return max(float(np.abs(logits.top_logits).max(initial=0)) for logits in expected)
 
 
 def _files(bundle: Bundle) -> Check:
     different = differing_files(bundle)
     told = tuple(different.values())[:_TOLD]
-    return Check("Files", (Gate("files that differ from the manifest", len(different), 0),), told)
+    gate = Gate("different", "files that differ from the manifest", len(different), 0)
+    return Check(FILES, "Files", whole([gate]), told)
 
 
-def _weights(bundle: Bundle, reference: Reference, progress: Progress, threads: int) -> Check:
+def _weights(bundle: Bundle, plan: Plan, progress: Progress, threads: int) -> Check:
     def advance(done: int, total: int) -> None:
         progress.advance(4 * done, 4 * total)
 
-    records = (*reference.index.weights, *reference.index.tables)
-    return _stored("Stored weights", len(records), compare_weights(bundle, records, advance, threads))
+    assert plan.proof.exact is not None
+    began, index = time.perf_counter(), plan.proof.exact.index
+    records = (*index.weights, *index.tables)
+    check = _stored(plan, "Stored weights", len(records), compare_weights(bundle, records, advance, threads))
+    return replace(check, seconds=time.perf_counter() - began)
 
 
-def _stored(title: str, tensors: int, different: list[WeightDifference]) -> Check:
+def _matrices(backend: Backend, plan: Plan) -> Check:
+    assert plan.proof.exact is not None and isinstance(backend, OnnxRuntimeBackend)
+    adapter, records = plan.proof.adapter, plan.proof.exact.index.weights
+    backend.use_adapter(adapter)
+    title = f"Stored matrices of the adapter {adapter}"
+    return _stored(plan, title, len(records), compare_matrices(backend.matrices, records))
+
+
+def _stored(plan: Plan, title: str, tensors: int, different: list[WeightDifference]) -> Check:
     told = [
         f"{one.name}: the root of the sum of squares is {one.norm:.6g}, PyTorch's is {one.expected_norm:.6g}"
         for one in different[:_TOLD]
     ]
     return Check(
+        named(WEIGHTS, plan.proof.adapter),
         f"{title}, {tensors} tensors dequantised here and compared bit for bit",
-        (Gate("tensors that differ from PyTorch's", len(different), 0),),
+        whole([Gate("different", "tensors that differ from PyTorch's", len(different), 0)]),
         tuple(told),
-    )
-
-
-def _replay_exact(
-    bundle: Bundle, model: bytes, reference: Reference, threads: int, adapter: str | None = None
-) -> tuple[Comparison, list[Logits]]:
-    """All prompts as one batch: prefill, then the continuation token by token.
-
-    Returns the comparison with the reference, and for each prompt what is kept of this run's logits.
-    """
-    prompts = reference.index.prompts
-    ids = np.array([prompt.ids for prompt in prompts], np.int64)
-    replay = BatchReplay(bundle, len(prompts), model=model, threads=threads, adapter=adapter)
-    compared: list[Comparison] = []
-    kept: list[list[Logits]] = [[] for _ in prompts]
-    for start, stop in _pieces(0, prompts[0].prompt_tokens, ids.shape[1]):
-        for row, logits in enumerate(replay.extend(ids[:, start:stop])):
-            first = row * ids.shape[1]
-            compared.append(compare(reference.logits.rows(first + start, first + stop), logits))
-            kept[row].append(compress(np.nan_to_num(logits)))
-    return Comparison.joined(compared), [Logits.joined(parts) for parts in kept]
-
-
-def _replay_real(backend: Backend, reference: Reference, exact: list[Logits]) -> Comparison:
-    """Prompt by prompt with the cache in place, as `run` does: prefill in two pieces, then token by token; compared
-    with what the full-precision kernels gave.
-    """
-    compared = []
-    for prompt, expected in zip(reference.index.prompts, exact, strict=True):
-        backend.rewind(0)
-        for start, stop in _pieces(0, prompt.prompt_tokens // 2, prompt.prompt_tokens, len(prompt.ids)):
-            logits = backend.extend(prompt.ids[start:stop], keep=stop - start)
-            compared.append(compare(expected.rows(start, stop), logits))
-    return Comparison.joined(compared)
-
-
-def _pieces(*bounds: int) -> list[tuple[int, int]]:
-    """The ranges between bounds, and after the last but one of them each position by itself."""
-    cuts = [*bounds[:-1], *range(bounds[-2] + 1, bounds[-1] + 1)]
-    return [(start, stop) for start, stop in itertools.pairwise(cuts) if start < stop]
-
-
-def _full_precision(compared: Comparison, reference: Reference, limits: GateLimits) -> Check:
-    largest = float(np.abs(reference.logits.top_logits).max(initial=0))
-    allowed = max(limits.difference, limits.relative * largest)
-    # Two logits that may each be off by `allowed` can change places when they are closer than twice that.
-    wrong = int((compared.shortfall > 2 * allowed).sum())
-    same = int((compared.shortfall == 0).sum())
-    proven = sum(prompt.proven for prompt in reference.index.prompts)
-    continued = sum(len(prompt.ids) - prompt.prompt_tokens for prompt in reference.index.prompts)
-    positions = len(compared.kl)
-    return Check(
-        "Full-precision kernels against PyTorch on the same stored weights",
-        (
-            Gate("largest difference of a logit", float(compared.difference.max(initial=0)), allowed),
-            Gate("largest KL divergence", float(compared.kl.max(initial=0)), limits.kl),
-            Gate("positions with another argmax, near ties aside", wrong, 0),
-        ),
-        (
-            f"same argmax at {same} of {positions} positions, near ties counted as different",
-            f"largest logit {largest:.3g}",
-            f"greedy text: {proven} of {continued} tokens are PyTorch's own choice",
-        ),
-    )
-
-
-def _compared_run(title: str, compared: Comparison, limits: RunLimits, details: tuple[str, ...]) -> Check:
-    agreeing = float((compared.shortfall <= _HALF_AS_LIKELY).mean())
-    same = float((compared.shortfall == 0).mean())
-    told = f"same argmax at {same:.1%} of positions; largest difference {compared.difference.max(initial=0):.3g}"
-    return Check(
-        title,
-        (
-            Gate("mean KL divergence", float(compared.kl.mean()), limits.kl),
-            Gate("share of positions that agree on a likely token", agreeing, limits.agreement, at_least=True),
-        ),
-        (told, *details),
     )

@@ -51,13 +51,18 @@ class Piece:
 Way = Callable[[Replayer, Sequence[Text], int], Iterator[Piece]]
 
 
-def why_not(way: str, replayer: Replayer, texts: Sequence[Text], what: str) -> str | None:
-    """Why a way cannot be gone; None where it can. what: computes, "the engine"."""
-    if way == BATCH and replayer.most_rows < 2:
-        return f"batch: {what} takes one text at a time"
-    if way == BATCH and len(texts) < 2:
+def why_not(way: str, most_rows: int, texts: int) -> str | None:
+    """Why a way cannot be gone with so many texts; None where it can. most_rows: of the replayer."""
+    if way == BATCH and most_rows < 2:
+        return "batch: what computes here takes one text at a time"
+    if way == BATCH and texts < 2:
         return "batch: the reference has one prompt alone"
     return None
+
+
+def cuts_of(replayer: Replayer, count: int) -> list[int]:
+    """Where a text of `count` tokens is cut so that its logits stay within memory: 0, ..., count."""
+    return _cuts(0, count, _room(replayer))
 
 
 def one_piece(replayer: Replayer, texts: Sequence[Text], chunk: int) -> Iterator[Piece]:

@@ -17,7 +17,7 @@ from ..threads import choose_threads
 from .folder import ForeignFolder
 from .graph import Port
 
-MOST_ROWS, MOST_CHUNK = 64, 512
+MOST_ROWS, MOST_CHUNK = 8, 1024
 """Texts at once, and tokens of a text in one call: their logits have to fit into memory."""
 
 _SILENT = 4  # ONNX Runtime's severity "fatal": its errors arrive as exceptions
@@ -42,7 +42,7 @@ class ForeignReplayer:
         self.name = f"onnxruntime {self._ort.__version__} cpu"
         self.vocab, self.context = folder.vocab, folder.context
         self.chunk = min(self.context, MOST_CHUNK)
-        self.most_rows = MOST_ROWS if _takes_padding(folder) else 1
+        self.most_rows = MOST_ROWS if takes_padding(folder) else 1
         self.notes = (*folder.notes, *_notes(folder, self.most_rows))
         self._past: list[npt.NDArray[Any]] = []
         self._names = [port.name for pair in self._signature.past for port in pair]
@@ -164,7 +164,7 @@ def _open(ort: Any, folder: ForeignFolder, threads: int, *, exact: bool) -> Any:
         raise one_sentence(ort, f"cannot load {folder.graph}", error) from error
 
 
-def _takes_padding(folder: ForeignFolder) -> bool:
+def takes_padding(folder: ForeignFolder) -> bool:
     """Whether the graph can be told of texts that end sooner. One that is asked for the last logits may count them from
     a text's end or from the padding's.
     """

@@ -1,0 +1,168 @@
+"""What `llama-export verify` does: one run for each backend, what is told of them, and the files that are written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import LlamaExportError, UsageError
+from .names import SHORT_BACKENDS
+from .progress import Progress
+from .runtime.bundle import Bundle, open_bundle
+from .runtime.files import replace
+from .runtime.foreign import is_foreign
+from .runtime.reports.html import html_page
+from .runtime.reports.junit import junit_xml
+from .runtime.reports.table import lines as table_lines
+from .runtime.verdict import Check, Verdict, to_json
+from .runtime.verify import verify
+
+if TYPE_CHECKING:
+    from .export.bisect import Bisection
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Of the command. backends: what computes, one run each; empty for the best that is here. model: the checkpoint
+    that `bisect` computes with, None for the weights that the bundle stores.
+    """
+
+    references: tuple[Path, ...] = ()
+    any_model: bool = False
+    backends: tuple[str, ...] = ()
+    engine_dir: Path | None = None
+    threads: int | None = None
+    check_hashes: bool = True
+    max_kl: float | None = None
+    bisect: bool = False
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All runs, and where the graph breaks, if that was asked."""
+
+    verdicts: tuple[Verdict, ...]
+    bisection: Bisection | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Of the verdicts: a bisection explains them, and judges nothing."""
+        return all(verdict.passed for verdict in self.verdicts)
+
+    def lines(self) -> list[str]:
+        """For people; the last line is the outcome."""
+        told = table_lines(self.verdicts)
+        return told if self.bisection is None else [*self.bisection.lines(), "", *told]
+
+    def json(self) -> str:
+        """For programs."""
+        return json.dumps({**to_json(self.verdicts), **self._bisected()}, indent=2) + "\n"
+
+    def junit(self) -> str:
+        """For every CI: one case for each prompt and gate."""
+        return junit_xml(self.verdicts)
+
+    def html(self) -> str:
+        """For people who look closer: one page that needs nothing else."""
+        return html_page(self.verdicts, self._bisected().get("bisection"))
+
+    def _bisected(self) -> Mapping[str, Any]:
+        return {} if self.bisection is None else {"bisection": self.bisection.to_json()}
+
+
+def backends_of(value: str | None) -> tuple[str, ...]:
+    """The names in --backend, short ones written out. Raises UsageError when one is empty or named twice."""
+    names = () if value is None else tuple(name.strip() for name in value.split(","))
+    written = tuple(SHORT_BACKENDS.get(name, name) for name in names)
+    if "" in written:
+        raise UsageError(f"--backend {value!r} has an empty name in it; write names with commas between them.")
+    if len(set(written)) < len(written):
+        raise UsageError(f"--backend {value!r} names one backend twice; name each once.")
+    return written
+
+
+def report_of(path: Path, options: VerifyOptions, progress: Progress) -> Report:
+    """Verify the bundle, or the folder of another tool, at `path`.
+
+    One backend raises as `runtime.verify.verify` does. Where several are named, one that cannot run here is a failure
+    of its own run, and the others go on. Raises UsageError when a folder of another tool is asked for what only bundles
+    have.
+    """
+    if is_foreign(path):
+        _refuse_for_foreign(path, options)
+        return Report((_run(path, None, options, progress),))
+    bundle = open_bundle(path)
+    if options.model is not None and not options.bisect:
+        raise UsageError("-m names the checkpoint that --bisect computes with; add --bisect, or leave it out.")
+    if len(options.backends) < 2:
+        verdicts = [_run(bundle, options.backends[0] if options.backends else None, options, progress)]
+    else:
+        verdicts = [_run_or_tell(bundle, backend, options, progress) for backend in options.backends]
+    return Report(tuple(verdicts), _bisected(bundle, options, progress) if options.bisect else None)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all. Raises OSError, as of the file itself, when it cannot be written."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8", newline="\n")
+        replace(part, path)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _run(bundle: Bundle | Path, backend: str | None, options: VerifyOptions, progress: Progress) -> Verdict:
+    return verify(
+        bundle,
+        check_hashes=options.check_hashes,
+        threads=options.threads,
+        progress=progress,
+        references=options.references,
+        any_model=options.any_model,
+        backend=backend,
+        engine_dir=options.engine_dir,
+        max_kl=options.max_kl,
+    )
+
+
+def _run_or_tell(bundle: Bundle, backend: str, options: VerifyOptions, progress: Progress) -> Verdict:
+    progress.stage(f"Verifying on {backend}")
+    try:
+        return _run(bundle, backend, options, progress)
+    except UsageError:
+        raise  # of all of them, or a name that is none
+    except LlamaExportError as error:
+        check = Check(backend, f"On {backend}", error=str(error))
+        return Verdict(str(bundle.path), backend, 0, (check,), 0.0, 0, ())
+
+
+def _bisected(bundle: Bundle, options: VerifyOptions, progress: Progress) -> Bisection:
+    from .export.bisect import bisect  # noqa: PLC0415 (a device has none of what it takes)
+    from .export.source import open_source  # noqa: PLC0415
+
+    source = None if options.model is None else open_source(options.model, progress=progress)
+    return bisect(bundle, source=source, progress=progress, threads=options.threads)
+
+
+def _refuse_for_foreign(path: Path, options: VerifyOptions) -> None:
+    asked: Sequence[tuple[str, object]] = (
+        ("--backend", options.backends),
+        ("--engine-dir", options.engine_dir),
+        ("--any-model", options.any_model),
+        ("--bisect", options.bisect),
+        ("-m", options.model),
+    )
+    for name, value in asked:
+        if value:
+            raise UsageError(
+                f"{path} was exported by another tool, and {name} is for bundles; leave it out, or build a bundle."
+            )
