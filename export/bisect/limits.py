@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -15,23 +16,22 @@ _SMALLEST = {"float32": 2.0**-126, "float16": 2.0**-14}
 """Below it, numbers are rounded by as much as it is: the least normal number."""
 
 _ROUNDINGS: Mapping[str, float] = {
-    **dict.fromkeys((at.INPUT_NORM, at.POST_NORM, at.NORM), 8),
-    **dict.fromkeys((at.TURNED_QUERIES, at.CACHED_KEYS, at.SCALED_QUERIES, at.ACTIVATED), 8),
     **dict.fromkeys((at.EMBEDDED, at.CACHED_VALUES, at.ATTENDED, at.LEFT), 4),
-    at.ATTENTION: 16,
+    **dict.fromkeys((at.TURNED_QUERIES, at.CACHED_KEYS, at.SCALED_QUERIES, at.ACTIVATED), 8),
 }
-_PRODUCT = 16
-"""Of projections: what is added in another order, or in blocks."""
-_GAIN = 4
-"""Of a whole row by one factor, where the roundings of single numbers cancel out."""
-_FLOAT16_GAIN = 1
+"""Units that a few operations one after another may be off by."""
+_MOST = 16
+"""Of all others, beside the sums that they make."""
 _CUMULATIVE = 64
 """For each layer passed, relative to the largest number."""
 
 
-def local_limit(place: str, dtype: str) -> float:
-    """Of `local_figure`. dtype: of the graph's activations."""
-    return _ROUNDINGS.get(place, _PRODUCT) * UNIT[dtype]
+def local_limit(result: Result, dtype: str) -> float:
+    """Of `local_figure`. dtype: of the graph's activations; sums are made in float32 in any case.
+
+    A sum of n numbers in another order is off by about sqrt(n) units (Higham, Accuracy and Stability, 4.2).
+    """
+    return _ROUNDINGS.get(result.place, _MOST) * UNIT[dtype] + math.sqrt(result.terms) * UNIT["float32"]
 
 
 def local_figure(result: Result, dtype: str) -> float:
@@ -39,9 +39,11 @@ def local_figure(result: Result, dtype: str) -> float:
     return _largest((result.got - result.want).abs() / (result.scale + _SMALLEST[dtype]))
 
 
-def gain_limit(dtype: str) -> float:
-    """Of `gain_figure`."""
-    return (_GAIN if dtype == "float32" else _FLOAT16_GAIN) * UNIT[dtype]
+def gain_limit(result: Result, dtype: str) -> float:
+    """Of `gain_figure`: single roundings nearly cancel out in the mean of a row, but the sum of its squares is one for
+    all of them; and float16 rounds small numbers of a row coarsely.
+    """
+    return UNIT["float16"] if dtype == "float16" else max(4, math.sqrt(result.terms)) * UNIT["float32"]
 
 
 def gain_figure(gains: torch.Tensor) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,10 @@ Seen = Mapping[str, Tensor]
 """What the graph has at each place, of one piece: [n, width]; queries [heads, n, head_dim]; keys and values of all
 tokens so far [kv_heads, tokens, head_dim].
 """
+
+
+_TOLD = 2.0**-14
+"""Numbers below it are not whole ones in float16, and say nothing of a factor."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,15 @@ class Surroundings:
 @dataclass(frozen=True)
 class Result:
     """One op group's result: what the graph has, what PyTorch makes of the graph's inputs, and the magnitudes whose
-    rounding explains a difference, all of one shape. gains: of a norm, the factor of each row [n] by which it differs,
-    against float64. hint: what would explain a difference, for people; asked only where there is one.
+    rounding explains a difference, all of one shape. terms: numbers that one of the result is the sum of. gains: of a
+    norm, the mean factor of each row [n] by which it differs, against float64. hint: what would explain a difference, for people; asked only where there is one.
     """
 
     place: str
     got: Tensor
     want: Tensor
     scale: Tensor
+    terms: int = 1
     gains: Tensor | None = None
     hint: Callable[[], str] = lambda: ""
 
@@ -57,14 +62,16 @@ def norm_result(place: str, norm: Any, x: Tensor, got: Tensor) -> Result:
     """norm: transformers' module; x, got: [n, hidden]."""
     want, wide, eps = norm(x), x.double(), norm.variance_epsilon
     exact = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * norm.weight.double()
-    gains = (got.double() * exact).sum(-1) / (exact * exact).sum(-1)
-    return Result(place, got, want, want.abs(), gains, lambda: explain.epsilon(x, eps, gains))
+    told = exact.abs() > _TOLD
+    ratios = torch.where(told, got.double() / torch.where(told, exact, 1.0), 1.0)
+    gains = ratios.mean(-1)
+    return Result(place, got, want, want.abs(), x.shape[-1], gains, lambda: explain.epsilon(x, eps, gains))
 
 
 def product_result(place: str, weight: Tensor, bias: Tensor | None, x: Tensor, got: Tensor) -> Result:
     """x: [n, columns], weight: [rows, columns], got: [n, rows]."""
     scale = functional.linear(x.abs(), weight.abs(), None if bias is None else bias.abs())
-    return Result(place, got, functional.linear(x, weight, bias), scale)
+    return Result(place, got, functional.linear(x, weight, bias), scale, x.shape[-1])
 
 
 def sum_result(place: str, first: Tensor, second: Tensor, got: Tensor) -> Result:
@@ -102,7 +109,9 @@ class LayerOps:
         for place, linear, other in ((at.GATE, mlp.gate_proj, mlp.up_proj), (at.UP, mlp.up_proj, mlp.gate_proj)):
             result = self._product(place, linear, x, seen[place])
             exchanged = [("gate and up exchanged", lambda other=other: other(x))]
-            yield _with_hint(result, lambda result=result, tries=exchanged: explain.fitting(result.got, result.want, tries))  # type: ignore[misc]
+            yield _with_hint(
+                result, lambda result=result, tries=exchanged: explain.fitting(result.got, result.want, tries)
+            )  # type: ignore[misc]
         want = mlp.act_fn(gate) * up
         tries = [("gate and up exchanged", lambda: mlp.act_fn(up) * gate), ("no activation", lambda: gate * up)]
         got = seen[at.ACTIVATED]
@@ -149,16 +158,12 @@ class LayerOps:
         plain = self._heads(seen[at.VALUES])
         tries = explain.exchanged_heads(plain)
         newest = values[:, -count:]
-        yield Result(
-            at.CACHED_VALUES, newest, plain, plain.abs(), hint=lambda: explain.fitting(newest, plain, tries)
-        )
+        yield Result(at.CACHED_VALUES, newest, plain, plain.abs(), hint=lambda: explain.fitting(newest, plain, tries))
         if at.SCALED_QUERIES in seen:
             got, want = seen[at.SCALED_QUERIES], queries * scaling
             unscaled = queries
             attempts = [("no 1/sqrt(head_dim)", lambda: unscaled)]
-            yield Result(
-                at.SCALED_QUERIES, got, want, want.abs(), hint=lambda: explain.fitting(got, want, attempts)
-            )
+            yield Result(at.SCALED_QUERIES, got, want, want.abs(), hint=lambda: explain.fitting(got, want, attempts))
             queries, scaling = got, 1.0
         yield self._attended(seen, queries, scaling, around)
 
@@ -211,4 +216,4 @@ class LayerOps:
 
 
 def _with_hint(result: Result, hint: Callable[[], str]) -> Result:
-    return Result(result.place, result.got, result.want, result.scale, result.gains, hint)
+    return replace(result, hint=hint)

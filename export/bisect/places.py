@@ -53,6 +53,7 @@ def order_of(layer: int | None, place: str, layers: int) -> tuple[int, int]:
         return layer, _ORDER[place]
     return (-1 if place == EMBEDDED else layers), _ORDER[place]
 
+
 WITH_HEADS = frozenset((TURNED_QUERIES, SCALED_QUERIES, CACHED_KEYS, CACHED_VALUES))
 """Places whose values have an axis of heads."""
 RESULTS = {

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import numpy as np
 import onnx
+from transformers import PreTrainedConfig
 
 from ...errors import LlamaExportError
+from ...names import ORT
 from ...optimize.tensors import Int64
 from ...progress import Progress, Silent
-from ...runtime.bundle import Bundle, reference_file
+from ...runtime.bundle import CPU_PROVIDER, Bundle, reference_file
+from ...runtime.cpu_graph import rounds_activations
 from ...runtime.reference import EXACT, Index
 from ...runtime.reference_file import load_index
 from ...runtime.session import read_graph
@@ -18,7 +22,7 @@ from ...runtime.threads import choose_threads
 from ..config import check_config, transformers_config
 from ..source import Source
 from .anatomy import dissect
-from .finding import Bisection
+from .finding import Bisection, Row
 from .probe import Piece, Probe
 from .stored import compare_stored
 from .walk import Walk
@@ -42,7 +46,7 @@ def bisect(
     index = _exact_index(bundle)
     config = _config(bundle)
     weights = _weights(bundle, index, source)
-    rows = []
+    rows: list[Row] = []
     if index is not None:
         progress.stage("Comparing the stored weights")
         known = weights if isinstance(weights, SourceWeights) else None
@@ -86,11 +90,13 @@ def _exact_index(bundle: Bundle) -> Index | None:
     return load_index(path) if path.is_file() else None
 
 
-def _config(bundle: Bundle):
+def _config(bundle: Bundle) -> PreTrainedConfig:
     try:
         value = json.loads(bundle.file("config.json").read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise LlamaExportError(f"{bundle.path}/config.json cannot be read ({error}); build the bundle again.") from error
+        raise LlamaExportError(
+            f"{bundle.path}/config.json cannot be read ({error}); build the bundle again."
+        ) from error
     check_config(value)
     return transformers_config(value)
 
@@ -114,5 +120,17 @@ def _text(bundle: Bundle, index: Index | None) -> Int64:
     random = np.random.default_rng(0).integers(0, bundle.manifest.shape.vocab, length)
     return np.concatenate([np.array(ids, np.int64), random[len(ids) :]])[:length]
 
-def _notes(bundle, index):
-    return iter(())
+
+def _notes(bundle: Bundle, index: Index | None) -> Iterator[str]:
+    """What a reader should know of how it was asked."""
+    manifest = bundle.manifest
+    if manifest.dialect != ORT:
+        yield "A graph for TensorRT, asked in ONNX Runtime: what an engine makes of it is another question."
+    if manifest.provider != CPU_PROVIDER:
+        yield "The graph ran on the processor, not on the GPU that it is for."
+    if rounds_activations(read_graph(bundle)):
+        yield "The graph rounds activations to 8 bits, which is left out here."
+    if manifest.choices:
+        yield "Without any of its adapters."
+    if index is None:
+        yield "Without a reference in the bundle, the stored weights were not compared."

@@ -90,7 +90,10 @@ class Walk:
         for piece in self.pieces:
             found = self.probe.run(self.ids[piece.first : piece.stop], piece, names)
             runs.append(
-                [{place: self._arranged(place, found[seen.name], seen) for place, seen in group.items()} for group in wanted]
+                [
+                    {place: self._arranged(place, found[seen.name], seen) for place, seen in group.items()}
+                    for group in wanted
+                ]
             )
         return runs
 
@@ -148,7 +151,11 @@ class Walk:
 
     def _around(self, piece: Piece) -> Surroundings:
         rotary, like = rotary_embedding(self.config, self.context), torch.empty((), dtype=torch.float32)
-        positions, keys, window = torch.arange(piece.first, piece.stop), torch.arange(piece.stop), window_of(self.config)
+        positions, keys, window = (
+            torch.arange(piece.first, piece.stop),
+            torch.arange(piece.stop),
+            window_of(self.config),
+        )
         visible = keys[None] <= positions[:, None]
         if window is not None:
             visible &= keys[None] > positions[:, None] - window
@@ -158,10 +165,12 @@ class Walk:
         return Surroundings(lambda shift: rotary(like, positions[None] + shift), visible, positions, turns, theta)
 
     def _judge(self, piece: Piece, layer: int | None, result: Result) -> None:
-        figure, limit = local_figure(result, self.dtype), local_limit(result.place, self.dtype)
+        figure, limit = local_figure(result, self.dtype), local_limit(result, self.dtype)
         self._add(piece, layer, result.place, LOCAL, figure, limit, result)
         if result.gains is not None:
-            self._add(piece, layer, result.place, GAIN, gain_figure(result.gains), gain_limit(self.dtype), result)
+            self._add(
+                piece, layer, result.place, GAIN, gain_figure(result.gains), gain_limit(result, self.dtype), result
+            )
 
     def _add(
         self,
