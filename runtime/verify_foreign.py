@@ -1,14 +1,15 @@
 """Verifying what another tool exported, which has no manifest and no reference of its own.
 
-Nothing tells which numbers its quantised weights stand for, so what is asked of those is what they cost; a graph whose
-weights are the checkpoint's own is asked whether it is correct.
+A graph whose weights are the checkpoint's own is asked whether it is correct. Nothing tells which numbers quantised
+weights stand for, so of those PyTorch can only tell what they cost. What can be wrong beside that price is asked apart:
+in full precision all ways through the graph have to agree, and the kernels that ship are held to those.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,29 +18,44 @@ from ..errors import UsageError
 from ..progress import Progress
 from .foreign import ForeignFolder, ForeignReplayer, check_reference, open_foreign
 from .foreign.replayer import MOST_ROWS, takes_padding
-from .gates import COST, FULL, LAYERS, Limits, limits_of
+from .gates import COST, FULL, LAYERS, SHIPPED, Limits, limits_of
 from .judging import MAX_KL, Judge, Question, Read, told, whole
 from .layer_check import layer_figures, layer_gates
 from .proofs import Proof
-from .reference import EXACT, ORIGINAL, Reference
+from .reference import EXACT, ORIGINAL, Logits, Reference, compress
 from .reference_file import load
 from .text import Tokenizer
 from .verdict import Check, Verdict
-from .ways import GREEDY, WAYS, why_not
+from .ways import ONE_PIECE, WAYS, why_not
 
 _CHUNK = 512
 """Tokens of a piece where no manifest says how prompts are cut."""
 
 
 @dataclass(frozen=True)
+class _Asked:
+    """A question. exact: of kernels in full precision, not of those that ship. own: it is compared with what the graph
+    itself gives in one piece, not with the reference.
+    """
+
+    question: Question
+    exact: bool
+    own: bool = False
+
+
+@dataclass(frozen=True)
 class _Plan:
-    """What is asked: one question, and what is inside where the reference has it."""
+    """What is asked, and what is inside where the reference has it."""
 
     folder: ForeignFolder
     reference: Reference
-    question: Question
+    asked: tuple[_Asked, ...]
     layers: Limits | None
     notes: tuple[str, ...]
+
+    @property
+    def proof(self) -> Proof:
+        return Proof(None, self.reference)
 
 
 def planned_foreign(
@@ -49,9 +65,10 @@ def planned_foreign(
     anything.
     """
     plan = _plan_of(path, references, max_kl)
-    yield from ((plan.question.id, *gate) for gate in plan.question.planned())
-    if plan.question.id == COST and max_kl is not None:
-        yield COST, "", "", MAX_KL
+    for one in plan.asked:
+        yield from ((one.question.id, *gate) for gate in one.question.planned())
+        if one.question.id == COST and max_kl is not None:
+            yield COST, "", "", MAX_KL
     if plan.layers is not None:
         yield from ((LAYERS, "", "", figure) for figure in ("keys", "values"))
 
@@ -71,37 +88,86 @@ def verify_foreign(
     """
     began = time.perf_counter()
     plan = _plan_of(path, references, max_kl)
-    folder, reference, question = plan.folder, plan.reference, plan.question
-    progress.stage(f"Loading {folder.graph.name}")
-    replayer = ForeignReplayer(folder, threads=threads, exact=question.id == FULL)
-    logits = [reference.of_prompt(number) for number in range(len(reference.index.prompts))]
-    largest = float(np.abs(reference.logits.top_logits).max(initial=0))
-    judge = Judge(question, reference.index.prompts, logits, largest)
-    progress.stage("Replaying what PyTorch computed")
-    proof = Proof(None, reference)
-    for done, way in enumerate(question.ways):
-        progress.share(done / len(question.ways))
-        for piece in WAYS[way](replayer, proof.texts, min(_CHUNK, replayer.chunk)):
-            judge.add(way, piece)
-    check = Check(question.id, question.title, tuple(judge.cases(_reader(folder))), (*told(judge), *question.details))
-    checks = [replace(check, seconds=time.perf_counter() - began)]
-    if question.id == COST and max_kl is not None:
-        checks = [judge.budgeted(checks[0], max_kl)]
-    if plan.layers is not None:
-        progress.stage("Looking inside of the graph")
-        figures = layer_figures(replayer, reference)
-        title = "Inside of the graph, layer by layer against PyTorch"
-        told_of = ("Graphs of other tools do not tell which of their values are hidden states.",)
-        checks.append(Check(LAYERS, title, whole(layer_gates(figures, plan.layers)), told_of, figures))
+    run = _Run(plan, threads, progress, max_kl)
+    checks = [check for exact in (True, False) for check in run.checks(exact)]
+    index = plan.reference.index
     return Verdict(
-        bundle=str(folder.path),
-        backend=replayer.name,
-        positions=reference.index.positions,
+        bundle=str(plan.folder.path),
+        backend=run.name,
+        positions=index.positions,
         checks=tuple(checks),
         seconds=time.perf_counter() - began,
-        longest=max(len(prompt.ids) for prompt in reference.index.prompts),
-        notes=tuple(dict.fromkeys((f"{folder}.", *replayer.notes, *plan.notes))),
+        longest=max(len(prompt.ids) for prompt in index.prompts),
+        notes=tuple(dict.fromkeys((f"{plan.folder}.", *run.notes, *plan.notes))),
     )
+
+
+@dataclass
+class _Run:
+    """One verification. kept: what is kept of the graph's own logits, in one piece and as precise as it can be."""
+
+    plan: _Plan
+    threads: int | None
+    progress: Progress
+    max_kl: float | None
+    name: str = ""
+    notes: tuple[str, ...] = ()
+    kept: Sequence[Logits] | None = None
+
+    def checks(self, exact: bool) -> Iterator[Check]:
+        """What is asked of kernels in full precision, or of those that ship."""
+        began, plan = time.perf_counter(), self.plan
+        asked = [one for one in plan.asked if one.exact == exact]
+        if not asked:
+            return
+        self.progress.stage(f"Loading {plan.folder.graph.name}")
+        replayer = ForeignReplayer(plan.folder, threads=self.threads, exact=exact)
+        self.name, self.notes = replayer.name, replayer.notes
+        kernels = "full-precision kernels" if exact else "the kernels that ship"
+        self.progress.stage(f"Replaying with {kernels}")
+        if self.kept is None and any(one.own for one in plan.asked):
+            self.kept = self._one_piece(replayer)
+        judges = [self._judge(one) for one in asked]
+        ways = [way for way in WAYS if any(way in judge.question.ways for judge in judges)]
+        for done, way in enumerate(ways):
+            self.progress.share(done / len(ways))
+            for piece in WAYS[way](replayer, plan.proof.texts, min(_CHUNK, replayer.chunk)):
+                for judge in judges:
+                    judge.add(way, piece)
+        seconds, read = time.perf_counter() - began, _reader(plan.folder)
+        for judge in judges:
+            question = judge.question
+            details = (*told(judge), *question.details)
+            check = Check(question.id, question.title, tuple(judge.cases(read)), details, seconds=seconds)
+            if question.id == COST and self.max_kl is not None:
+                check = judge.budgeted(check, self.max_kl)
+            yield check
+        if plan.layers is not None:
+            yield self._inside(replayer, plan.layers)
+
+    def _inside(self, replayer: ForeignReplayer, limits: Limits) -> Check:
+        began = time.perf_counter()
+        self.progress.stage("Looking inside of the graph")
+        figures = layer_figures(replayer, self.plan.reference)
+        title = "Inside of the graph, layer by layer against PyTorch"
+        details = ("Graphs of other tools do not tell which of their values are hidden states.",)
+        gates = whole(layer_gates(figures, limits))
+        return Check(LAYERS, title, gates, details, figures, seconds=time.perf_counter() - began)
+
+    def _one_piece(self, replayer: ForeignReplayer) -> list[Logits]:
+        kept: dict[int, list[Logits]] = {}
+        for piece in WAYS[ONE_PIECE](replayer, self.plan.proof.texts, _CHUNK):
+            kept.setdefault(piece.text, []).append(compress(np.nan_to_num(piece.logits)))
+        return [Logits.joined(kept[number]) for number in range(len(kept))]
+
+    def _judge(self, asked: _Asked) -> Judge:
+        reference = self.plan.reference
+        prompts = reference.index.prompts
+        expected = [reference.of_prompt(number) for number in range(len(prompts))]
+        if asked.own and self.kept is not None:
+            expected = list(self.kept)
+        largest = max(float(np.abs(logits.top_logits).max(initial=0)) for logits in expected)
+        return Judge(asked.question, prompts, expected, largest)
 
 
 def _plan_of(path: Path, references: Sequence[Path], max_kl: float | None) -> _Plan:
@@ -121,21 +187,39 @@ def _plan_of(path: Path, references: Sequence[Path], max_kl: float | None) -> _P
     if max_kl is not None and not folder.quantised:
         raise UsageError(f"--max-kl limits what quantisation cost, and {folder.path} is not quantised; leave it out.")
     notes = check_reference(folder, index)
-    rows, prompts = MOST_ROWS if takes_padding(folder) else 1, tuple(prompt.name for prompt in index.prompts)
-    reasons = {way: why_not(way, rows, len(prompts)) for way in WAYS}
-    ways = tuple(way for way, why in reasons.items() if why is None and not (folder.quantised and way == GREEDY))
-    details = tuple(filter(None, reasons.values()))
-    if folder.quantised:
-        title, limits = (
-            "Against PyTorch on the original weights: what quantisation cost",
-            limits_of(COST, folder.weights),
-        )
-    else:
-        title, limits = "Full-precision kernels against PyTorch on the same weights", limits_of(FULL, _dtype(folder))
-    line = COST if folder.quantised else FULL
-    question = Question(line, title, ways, prompts, limits, details, tells=True)
+    names = tuple(prompt.name for prompt in index.prompts)
+    asked = tuple(_quantised(folder, names) if folder.quantised else _plain(folder, names))
     inside = not folder.quantised and reference.layers is not None
-    return _Plan(folder, reference, question, limits_of(LAYERS, _dtype(folder)) if inside else None, notes)
+    return _Plan(folder, reference, asked, limits_of(LAYERS, _dtype(folder)) if inside else None, notes)
+
+
+def _plain(folder: ForeignFolder, prompts: tuple[str, ...]) -> Iterator[_Asked]:
+    title = "Full-precision kernels against PyTorch on the same weights"
+    yield _Asked(_question(folder, prompts, FULL, title, limits_of(FULL, _dtype(folder))), exact=True)
+
+
+def _quantised(folder: ForeignFolder, prompts: tuple[str, ...]) -> Iterator[_Asked]:
+    exact = not folder.rounds_activations
+    if exact:
+        title = "Full-precision kernels by every way, against the same in one piece"
+        question = _question(folder, prompts, FULL, title, limits_of(FULL, folder.cache_dtype), without=ONE_PIECE)
+        yield _Asked(question, exact=True, own=True)
+        title, setting = "Shipped kernels, against the full-precision ones", folder.cache_dtype
+    else:  # the graph rounds by what stands in one call
+        title, setting = "Shipped kernels by every way, against the same in one piece", "rounded"
+    yield _Asked(_question(folder, prompts, SHIPPED, title, limits_of(SHIPPED, setting)), exact=False, own=True)
+    title = "What really runs, against PyTorch on the original weights: what quantisation cost"
+    yield _Asked(_question(folder, prompts, COST, title, limits_of(COST, folder.weights)), exact=False)
+
+
+def _question(
+    folder: ForeignFolder, prompts: tuple[str, ...], line: str, title: str, limits: Limits, *, without: str = ""
+) -> Question:
+    """A question in every way that can be gone and has figures, but one."""
+    rows = MOST_ROWS if takes_padding(folder) else 1
+    reasons = {way: why_not(way, rows, len(prompts)) for way in WAYS if way != without and limits.figures(way)}
+    ways = tuple(way for way, why in reasons.items() if why is None)
+    return Question(line, title, ways, prompts, limits, tuple(filter(None, reasons.values())), tells=True)
 
 
 def _dtype(folder: ForeignFolder) -> str:
