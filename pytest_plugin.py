@@ -3,6 +3,9 @@
 pytest loads this module at every start, in projects too that have nothing to do with bundles: without the option it
 imports nothing of this package. The tests' names are planned from the bundle and its reference, without running
 anything; the first test that runs does the verification, and all others of the bundle read its verdict.
+
+With pytest-xdist, `--dist loadfile` keeps a bundle's tests in one process; otherwise each worker that gets one of them
+verifies for itself.
 """
 
 from __future__ import annotations
@@ -40,22 +43,25 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, None]:
-    """Add the bundles to what the session collects.
-
-    They are no folders of tests: a conftest.py that lies in a bundle is not run.
-    """
+    """Add the bundles to what the session collects. They are no folders of tests: no conftest.py of theirs is run."""
     report = (yield).get_result()
     if isinstance(collector, pytest.Session) and report.result is not None:
         for folder in dict.fromkeys(collector.config.getoption("--llama-bundle")):
-            report.result.append(BundleTests.from_parent(collector, name=folder, nodeid=folder))
+            report.result.append(BundleTests.from_parent(collector, path=Path(folder).resolve()))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Look for no test files in a bundle that lies among somebody's tests."""
+    folders = config.getoption("--llama-bundle")
+    return True if any(collection_path == Path(folder).resolve() for folder in folders) else None
 
 
 class GateError(Exception):
     """A gate that failed or could not be asked; the message says why."""
 
 
-class BundleTests(pytest.Collector):
-    """The tests of one bundle, and its verification."""
+class BundleTests(pytest.File):
+    """The tests of one bundle, and its verification. Each test's id begins with its folder."""
 
     planned: tuple[str, ...] = ()
     _found: Verdict | Exception | None = None
@@ -69,8 +75,6 @@ class BundleTests(pytest.Collector):
         except LlamaExportError as error:
             raise self.CollectError(str(error)) from error
         self.add_marker(MARK)
-        if self.config.pluginmanager.hasplugin("xdist"):
-            self.add_marker(pytest.mark.xdist_group(f"{MARK} {self.name}"))
         return [GateTest.from_parent(self, name=name) for name in (*self.planned, REST)]
 
     def verdict(self) -> Verdict:
@@ -86,7 +90,7 @@ class BundleTests(pytest.Collector):
 
 
 class GateTest(pytest.Item):
-    """One gate, or the rest."""
+    """The test of one gate, or of the rest."""
 
     parent: BundleTests
 
@@ -115,7 +119,7 @@ def planned_tests(tests: BundleTests) -> tuple[str, ...]:
     from .runtime.reports.words import gate_id, one_line  # noqa: PLC0415 (see the module's docstring)
     from .runtime.verify import planned  # noqa: PLC0415
 
-    gates = planned(Path(tests.name), **_options(tests.config))
+    gates = planned(tests.path, **_options(tests.config))
     return tuple(dict.fromkeys(one_line(gate_id(one.check, one.way, one.prompt, one.figure)) for one in gates))
 
 
@@ -124,7 +128,7 @@ def verify_bundle(tests: BundleTests) -> Verdict:
     from .progress import Silent  # noqa: PLC0415 (see the module's docstring)
     from .runtime.verify import verify  # noqa: PLC0415
 
-    return verify(Path(tests.name), check_hashes=True, progress=Silent(), **_options(tests.config))
+    return verify(tests.path, check_hashes=True, progress=Silent(), **_options(tests.config))
 
 
 def _options(config: pytest.Config) -> dict[str, Any]:

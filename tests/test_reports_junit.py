@@ -46,7 +46,7 @@ def test_a_gate_that_failed_says_what_was_measured_and_allowed_and_why() -> None
     assert (failure.tag, failure.get("type")) == ("failure", "difference")
     assert failure.get("message") == "largest difference of a logit: 0.25 (at most 0.00137)"
     assert failure.text == (
-        "The largest difference of a logit is 0.25, where at most 0.00137 is allowed (another order of sums)."
+        "Largest difference of a logit: 0.25, where at most 0.00137 is allowed (another order of sums)."
     )
     assert (suite.get("failures"), suite.get("time")) == ("1", "3.250")
     assert {one.get("name"): one.get("value") for one in suite.iter("property")} == {

@@ -59,7 +59,7 @@ def bound(gate: Gate) -> str:
 def sentence(gate: Gate) -> str:
     """What a gate found, in one sentence, with the reason for its limit where there is one."""
     reason = f" ({gate.reason})" if gate.reason else ""
-    return f"The {gate.name} is {number(gate.measured)}, where {bound(gate)} is allowed{reason}."
+    return f"{gate.name[:1].upper()}{gate.name[1:]}: {number(gate.measured)}, where {bound(gate)} is allowed{reason}."
 
 
 def place(case: Case) -> str:
