@@ -17,6 +17,12 @@ PARTS = ("export", "optimize", "targets", "runtime")
 # A build records the reference by running the graph that it wrote, with the parts of the runtime that verify uses.
 _RECORDING = {"runtime.batch", "runtime.onnx_file", "runtime.reference", "runtime.threads"}
 
+# A bisection runs the graph with its inner values as outputs, and reads the weights as the device stores them.
+_BISECTING = {
+    *("runtime.arrays", "runtime.cpu_graph", "runtime.recipe", "runtime.reference_file"),
+    *("runtime.session", "runtime.weights"),
+}
+
 # Engines are built on a device too, as a recipe says, and laid where the runtime looks for them.
 _BUILDING = {
     *("runtime.recipe", "runtime.decode_json", "runtime.protobuf", "runtime.tensorrt"),
@@ -24,7 +30,7 @@ _BUILDING = {
 }
 
 ALLOWED = {
-    "export": {"export", "optimize", "runtime.bundle", *_RECORDING},
+    "export": {"export", "optimize", "runtime.bundle", *_RECORDING, *_BISECTING},
     "targets": {"targets", "optimize", "runtime.bundle", *_BUILDING},
     "optimize": {"optimize"},
     "runtime": {"runtime"},

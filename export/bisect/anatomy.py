@@ -46,8 +46,8 @@ class Seen:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """layers: by decoder layer, what is seen at each place that the graph shows; outside: the same of the places outside
-    of layers.
+    """layers: by decoder layer, what is seen at each place that the graph shows; outside: the same of the places that
+    are in no layer.
     """
 
     layers: tuple[Mapping[str, Seen], ...]
@@ -85,7 +85,6 @@ class _Graph:
     """The nodes of a graph by module, and who makes and who takes each value."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
-        self._constants = {tensor.name for tensor in graph.initializer}
         self._makers = {name: node for node in graph.node for name in node.output if name}
         self._takers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         self._modules: dict[str, list[onnx.NodeProto]] = defaultdict(list)
@@ -118,9 +117,9 @@ class _Graph:
         """The first value that a module takes from outside of it, no weights."""
         for node in self._modules[module]:
             for name in node.input:
-                if name and name not in self._constants and (maker := self._makers.get(name)) is not None:
-                    if _module(maker) != module:
-                        return self.seen(name, maker)
+                maker = self._makers.get(name)
+                if maker is not None and _module(maker) != module:
+                    return self.seen(name, maker)
         raise LookupError(f"the input of {module}")
 
     def added(self, norm: str) -> Seen:

@@ -87,11 +87,13 @@ class Rotation:
         along = (before[:, :half] * after[:, :half] + before[:, half:] * after[:, half:]).sum(0)
         found = torch.atan2(cross, along)
         wrong = ((found - self.turns).abs() / self.turns).argmax()
+        turned, right = float(found[wrong]), float(self.turns[wrong])
+        other = f"pair {int(wrong)} turns by {turned:.4g} a position instead of {right:.4g}"
         if self.theta is None or half < 2:
-            return f"pair {int(wrong)} turns by {float(found[wrong]):.4g} a position instead of {float(self.turns[wrong]):.4g}"
+            return other
         pairs = torch.arange(1, half, dtype=torch.float64)
         thetas = found[1:].clamp(min=1e-12) ** (-half / pairs)
         middle = float(thetas.median())
         if float((thetas / middle - 1).abs().max()) > 0.05:
-            return f"pair {int(wrong)} turns by {float(found[wrong]):.4g} a position instead of {float(self.turns[wrong]):.4g}"
+            return other
         return f"a rope theta of {middle:.5g} instead of {self.theta:.5g}"

@@ -57,11 +57,11 @@ def cumulative_limit(layer: int, dtype: str) -> float:
 
 
 def cumulative_figure(got: torch.Tensor, want: torch.Tensor, whole: torch.Tensor | None = None) -> float:
-    """The largest difference, relative to the largest magnitude of PyTorch's tensor, or of the `whole` that it is of."""
+    """The largest difference, relative to the largest magnitude of PyTorch's tensor, or of the `whole` one."""
     return _largest((got - want).abs()) / (_largest((want if whole is None else whole).abs()) or 1.0)
 
 
 def _largest(values: torch.Tensor) -> float:
     """Infinite where anything is no number."""
     largest = float(values.max())
-    return largest if largest == largest else float("inf")
+    return float("inf") if math.isnan(largest) else largest

@@ -30,9 +30,9 @@ _TOLD = 2.0**-14
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What attention needs beside its inputs, for the tokens of one piece. angles: cos and sin [1, n, head_dim] of their
-    positions, moved by a number; visible: [n, tokens so far], True where a query sees a key; positions [n]; turns and
-    theta: as of `explain.Rotation`.
+    """What attention needs beside its inputs, for the tokens of one piece. angles: cos and sin [1, n, head_dim] of
+    their positions, moved by a number; visible: [n, tokens so far], True where a query sees a key; positions [n]; turns
+    and theta: as of `explain.Rotation`.
     """
 
     angles: Callable[[int], tuple[Tensor, Tensor]]
@@ -46,7 +46,8 @@ class Surroundings:
 class Result:
     """One op group's result: what the graph has, what PyTorch makes of the graph's inputs, and the magnitudes whose
     rounding explains a difference, all of one shape. terms: numbers that one of the result is the sum of. gains: of a
-    norm, the mean factor of each row [n] by which it differs, against float64. hint: what would explain a difference, for people; asked only where there is one.
+    norm, the mean factor of each row [n] by which it differs, against float64. hint: what would explain a difference,
+    for people; asked only where there is one.
     """
 
     place: str
@@ -83,9 +84,10 @@ class LayerOps:
     """The op groups of one decoder layer of transformers."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
-        self._layer: Any = layer
+        self._layer: Any
+        self._layer = layer
         self._modeling: Any = sys.modules[type(layer).__module__]
-        self._head_dim: int = self._layer.self_attn.head_dim
+        self._head_dim = int(self._layer.self_attn.head_dim)
 
     def results(self, seen: Seen, before: Tensor, around: Surroundings) -> Iterator[Result]:
         """Compare every place of the layer. before: the layer's input in the graph, [n, hidden]."""
@@ -106,17 +108,18 @@ class LayerOps:
 
     def _mlp(self, seen: Seen) -> Iterator[Result]:
         mlp, x, gate, up = self._layer.mlp, seen[at.POST_NORM], seen[at.GATE], seen[at.UP]
-        for place, linear, other in ((at.GATE, mlp.gate_proj, mlp.up_proj), (at.UP, mlp.up_proj, mlp.gate_proj)):
-            result = self._product(place, linear, x, seen[place])
-            exchanged = [("gate and up exchanged", lambda other=other: other(x))]
-            yield _with_hint(
-                result, lambda result=result, tries=exchanged: explain.fitting(result.got, result.want, tries)
-            )  # type: ignore[misc]
+        yield self._either(at.GATE, mlp.gate_proj, mlp.up_proj, x, gate)
+        yield self._either(at.UP, mlp.up_proj, mlp.gate_proj, x, up)
         want = mlp.act_fn(gate) * up
         tries = [("gate and up exchanged", lambda: mlp.act_fn(up) * gate), ("no activation", lambda: gate * up)]
         got = seen[at.ACTIVATED]
         yield Result(at.ACTIVATED, got, want, (gate * up).abs(), hint=lambda: explain.fitting(got, want, tries))
         yield self._product(at.DOWN, mlp.down_proj, got, seen[at.DOWN])
+
+    def _either(self, place: str, linear: Any, other: Any, x: Tensor, got: Tensor) -> Result:
+        """Gate or up, each of which may be the `other`."""
+        result, attempts = self._product(place, linear, x, got), [("gate and up exchanged", lambda: other(x))]
+        return replace(result, hint=lambda: explain.fitting(got, result.want, attempts))
 
     def _product(self, place: str, linear: Any, x: Tensor, got: Tensor) -> Result:
         return product_result(place, linear.weight, linear.bias, x, got)
@@ -125,7 +128,7 @@ class LayerOps:
         """Queries, keys or values, whose heads may be in another order."""
         result = self._product(place, linear, x, got)
         heads = (self._heads(result.got), self._heads(result.want))
-        return _with_hint(result, lambda: explain.fitting(*heads, explain.exchanged_heads(heads[1])))
+        return replace(result, hint=lambda: explain.fitting(*heads, explain.exchanged_heads(heads[1])))
 
     def _heads(self, flat: Tensor) -> Tensor:
         """[n, heads * head_dim] as [heads, n, head_dim]."""
@@ -213,7 +216,3 @@ class LayerOps:
             self._layer.self_attn, queries[None], keys[None], values[None], mask, scaling=scaling
         )
         return out.reshape(queries.shape[1], -1), shares[0]
-
-
-def _with_hint(result: Result, hint: Callable[[], str]) -> Result:
-    return replace(result, hint=hint)

@@ -19,7 +19,7 @@ from ...runtime.session import PAST, PRESENT, cache_names, engine_name, import_o
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens of the text that run in one call: `count` from position `first` on. name: of the pass that it belongs to."""
+    """Tokens of the text that run in one call: `count` from position `first` on. name: of its pass."""
 
     name: str
     first: int
@@ -111,4 +111,5 @@ def _exposing(model: onnx.ModelProto, exposed: Sequence[str]) -> bytes:
     changed.CopyFrom(model)
     outputs = {value.name for value in changed.graph.output}
     changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in exposed if name not in outputs)
-    return changed.SerializeToString()
+    serialized: bytes = changed.SerializeToString()
+    return serialized

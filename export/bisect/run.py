@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from transformers import PreTrainedConfig
 
-from ...errors import LlamaExportError
+from ...errors import LlamaExportError, UsageError
 from ...names import ORT
 from ...optimize.tensors import Int64
 from ...progress import Progress, Silent
@@ -20,6 +20,7 @@ from ...runtime.reference_file import load_index
 from ...runtime.session import read_graph
 from ...runtime.threads import choose_threads
 from ..config import check_config, transformers_config
+from ..identity import model_sha256
 from ..source import Source
 from .anatomy import dissect
 from .finding import Bisection, Row
@@ -104,6 +105,7 @@ def _config(bundle: Bundle) -> PreTrainedConfig:
 def _weights(bundle: Bundle, index: Index | None, source: Source | None) -> Weights:
     records = None if index is None else index.weights
     if source is not None:
+        _refuse_another(bundle, source)
         return source_weights(bundle, source.tensors, records, source.model_id)
     if records is None:
         raise LlamaExportError(
@@ -111,6 +113,19 @@ def _weights(bundle: Bundle, index: Index | None, source: Source | None) -> Weig
             "build the bundle again without --no-reference."
         )
     return StoredWeights(bundle, records)
+
+
+def _refuse_another(bundle: Bundle, source: Source) -> None:
+    model, merged = bundle.manifest.model, [one.name for one in bundle.manifest.adapters if one.file is None]
+    if merged:
+        raise UsageError(
+            f"The adapter {merged[0]} is merged into the weights of {bundle.path}, which the checkpoint alone does not "
+            "have; leave -m out."
+        )
+    if model.sha256 is not None and model.sha256 != model_sha256(source):
+        raise UsageError(
+            f"{source.model_id} is not the checkpoint that {bundle.path} was built from ({model.id}); name that one."
+        )
 
 
 def _text(bundle: Bundle, index: Index | None) -> Int64:

@@ -33,8 +33,8 @@ def compare_stored(
     progress: Progress,
     threads: int,
 ) -> list[Row]:
-    """A row for each tensor that is not bit for bit as recorded. known: the right values, where a checkpoint is at hand;
-    those of the rotary tables follow from the config.
+    """A row for each tensor that is not bit for bit as recorded. known: the right values, where a checkpoint is at
+    hand; those of the rotary tables follow from the config.
     """
     records = (*index.weights, *index.tables)
     differences = compare_weights(bundle, records, progress.advance, threads)

@@ -1,9 +1,9 @@
-"""What PyTorch's side computes with: a bundle's tensors as it stores them, or a checkpoint's in the bundle's formats."""
+"""What PyTorch computes with: a bundle's tensors as it stores them, or a checkpoint's in the bundle's formats."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +11,8 @@ import numpy.typing as npt
 import torch
 
 from ...errors import LlamaExportError
+from ...names import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
+from ...optimize import policy
 from ...optimize.formats import EMBEDDING, HEAD, Format, format_named
 from ...optimize.plan import plan_formats
 from ...optimize.quantise import stored_values
@@ -21,12 +23,16 @@ from ...runtime.weights import StoredTensors
 from ..layerwise import Parts, cuts
 
 _DENSE = ("fp32", "fp16")
+_POLICIES = {ONNXRUNTIME: policy.ORT, TENSORRT: policy.TENSORRT, TENSORRT_RTX: policy.TENSORRT_RTX}
+"""By backend, for the signs of scales, which a format's name does not tell; all releases of TensorRT have the same."""
 
 
 class Weights(Protocol):
-    """The tensors of a model by checkpoint name, in float32. told: where they come from, for people."""
+    """The tensors of a model by checkpoint name, in float32."""
 
-    told: str
+    @property
+    def told(self) -> str:
+        """Where they come from."""
 
     @property
     def tied(self) -> bool:
@@ -67,7 +73,7 @@ class StoredWeights:
         found = self._records.get(EMBEDDING if name == HEAD and self.tied else name)
         if found is None:
             raise LlamaExportError(
-                f"The bundle's reference has no record of {name}, which its config.json asks for; build the bundle again."
+                f"The bundle's reference has no record of {name}, which config.json asks for; build the bundle again."
             )
         module = name.removesuffix(".weight")
         own = (one for one in found if any(stored.startswith(module) for stored in one.initializers.values()))
@@ -76,11 +82,12 @@ class StoredWeights:
 
 @dataclass(frozen=True)
 class SourceWeights:
-    """A checkpoint's tensors, converted to the bundle's formats again. scale_dtype: in which the bundle keeps scales."""
+    """A checkpoint's tensors, converted to the bundle's formats again. scale_dtype: of the bundle's scales."""
 
     tensors: Mapping[str, SourceTensor]
     formats: Mapping[str, Format]
     scale_dtype: npt.DTypeLike
+
     told: str
 
     @property
@@ -101,8 +108,8 @@ def source_weights(
 ) -> SourceWeights:
     """The tensors of the checkpoint `model_id` as the bundle should store them.
 
-    records: of the bundle's exact reference, which name the formats; without them only a bundle in floating point can be
-    told. Raises LlamaExportError for any other, and when the checkpoint is of another model.
+    records: of the bundle's exact reference, which name the formats; without them only a bundle in floating point can
+    be told. Raises LlamaExportError for any other, and when the checkpoint is of another model.
     """
     told = f"{model_id}, in the formats that the bundle stores"
     dtype = np.dtype(bundle.manifest.shape.cache_dtype)
@@ -114,7 +121,11 @@ def source_weights(
                 "it again without --no-reference."
             )
         return SourceWeights(tensors, plan_formats(tensors, precision), dtype, told)
-    formats = dict(_formats(tensors, records, model_id))
+    signed = _POLICIES[bundle.manifest.backend].signed
+    formats = {
+        name: replace(format, positive=True) if format.block and format.bits not in signed else format
+        for name, format in _formats(tensors, records, model_id)
+    }
     return SourceWeights(tensors, formats, dtype, told)
 
 
