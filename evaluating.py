@@ -101,7 +101,7 @@ def _text(options: EvalOptions, file: TextFile, model: Model, progress: Progress
         scores = score_windows(model.lend_backend(), tokens.ids, chosen, ledger, progress, original)
         resumed = min(ledger.found, len(chosen))
     about = _about(options, file, model) | {
-        "original": None if identity is None else identity["model"],
+        "original": identity,
         "window": window,
         "stride": stride,
         "bos": model.bundle.manifest.tokens.add_bos,
@@ -155,7 +155,7 @@ def _original(
     """The model to compare with, and the facts that tell it from others; None for both where none was asked for."""
     if options.model is None:
         return None, None
-    from .export.evaluate import OriginalModel, check_same_model, with_adapters  # noqa: PLC0415 (imports PyTorch)
+    from .export.evaluate import open_original  # noqa: PLC0415 (imports PyTorch)
     from .export.source import open_source  # noqa: PLC0415
 
     progress.stage(f"Opening {options.model}")
@@ -167,10 +167,10 @@ def _original(
         progress=progress,
     )
     manifest = model.bundle.manifest
-    check_same_model(source, manifest)
-    source = with_adapters(source, options.original_adapters, manifest, options.adapter, any_model=options.any_model)
-    identity = {"model": source.model_id, "revision": source.revision}
-    return OriginalModel(source, manifest.limits.context), identity
+    original, sha256 = open_original(
+        source, options.original_adapters, manifest, model.adapter, any_model=options.any_model
+    )
+    return original, {"model": source.model_id, "revision": source.revision, "sha256": sha256}
 
 
 def _about(options: EvalOptions, file: TextFile, model: Model) -> dict[str, Any]:

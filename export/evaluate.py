@@ -10,9 +10,10 @@ import torch
 from ..errors import LlamaExportError, UsageError
 from ..optimize.plan import head_of
 from ..optimize.tensors import Float32
-from ..runtime.bundle import AdapterRecord, Manifest
+from ..runtime.bundle import Manifest
 from ..runtime.hashing import sha256_of
 from .config import transformers_config
+from .identity import model_sha256
 from .layerwise import Layerwise, Parts, cuts
 from .lora.merge import fitted, merged
 from .lora.peft_folder import WEIGHTS, Adapter, read_adapter
@@ -69,47 +70,61 @@ class OriginalModel:
             yield start, tensor.read(start, stop)
 
 
-def with_adapters(
+def open_original(
     source: Source, texts: Sequence[str], manifest: Manifest, chosen: str | None, *, any_model: bool
-) -> Source:
-    """The checkpoint with LoRA adapters merged into its weights.
+) -> tuple[OriginalModel, str]:
+    """The checkpoint that a bundle was made of, with LoRA adapters merged into its weights, and its `model_sha256`.
 
-    texts: folders, each with `:weight` or without. chosen: the adapter beside the bundle's weights that is evaluated.
-    Unless any_model, they must be those that the bundle computes with. Raises UsageError when they are others,
-    LlamaExportError when one cannot be read or does not fit.
+    texts: the adapters' folders, each with `:weight` or without. chosen: the adapter beside the bundle's weights that
+    is evaluated. any_model: take another model or other adapters, as long as the vocabulary is as large.
+    Raises UsageError when the adapters are not those that the bundle computes with, LlamaExportError when the model is
+    another one or an adapter cannot be read or does not fit.
     """
-    adapters = [fitted(read_adapter(text), source.model_id, source.tensors) for text in texts]
+    _check_sizes(source, manifest, ("vocab",) if any_model else _SIZES)
+    adapters: Sequence[Adapter] = [fitted(read_adapter(text), source.model_id, source.tensors) for text in texts]
     if not any_model:
-        _check_adapters(adapters, manifest, chosen)
-    return source.with_other(tensors=merged(source.tensors, adapters)) if adapters else source
+        adapters = _checked_adapters(adapters, manifest, chosen)
+        _check_identity(source, adapters, manifest)
+    sha256 = model_sha256(source, adapters)
+    return OriginalModel(source.with_other(tensors=merged(source.tensors, adapters)), manifest.limits.context), sha256
 
 
-def _check_adapters(adapters: Sequence[Adapter], manifest: Manifest, chosen: str | None) -> None:
-    def told(records: Sequence[AdapterRecord]) -> str:
-        return ", ".join(f"{record.name}:{record.weight:g}" for record in records)
+_SIZES = ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab")
 
+
+def _check_sizes(source: Source, manifest: Manifest, names: Sequence[str]) -> None:
+    """What the hash of the model would tell as well, in words that say more."""
+    for name in names:
+        found, recorded = getattr(source.shape, name), getattr(manifest.shape, name)
+        if found != recorded:
+            raise LlamaExportError(
+                f"{source.model_id} is not what the bundle was made of, {manifest.model.id}: its {name} is {found}, "
+                f"the bundle's {recorded}; name the bundle's own model."
+            )
+
+
+def _checked_adapters(adapters: Sequence[Adapter], manifest: Manifest, chosen: str | None) -> Sequence[Adapter]:
+    """The adapters in the order of the bundle's, if they are the same."""
     wanted = [record for record in manifest.adapters if record.file is None or record.name == chosen]
-    given = {(sha256_of(adapter.path / WEIGHTS), adapter.weight) for adapter in adapters}
-    if given == {(record.sha256, record.weight) for record in wanted}:
-        return
+    given = {(sha256_of(adapter.path / WEIGHTS), adapter.weight): adapter for adapter in adapters}
+    keys = [(record.sha256, record.weight) for record in wanted]
+    if len(adapters) == len(keys) and given.keys() == set(keys):
+        return [given[key] for key in keys]
     if not wanted:
         raise UsageError("The bundle computes without adapters; leave out --original-adapter, or add --any-model.")
+    told = ", ".join(f"{record.name}:{record.weight:g}" for record in wanted)
     raise UsageError(
-        f"The bundle computes with the adapters {told(wanted)}, and the original must too: give the folder and weight "
-        "of each with --original-adapter, or add --any-model."
+        f"The bundle computes with the adapters {told}, and the original must too: give the folder and weight of each "
+        "with --original-adapter, or add --any-model."
     )
 
 
-def check_same_model(source: Source, manifest: Manifest) -> None:
-    """Raise LlamaExportError unless a checkpoint has the sizes of the one that the bundle was made of."""
-    found, recorded = source.shape, manifest.shape
-    pairs = {
-        name: (getattr(found, name), getattr(recorded, name))
-        for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab")
-    }
-    for name, (one, other) in pairs.items():
-        if one != other:
-            raise LlamaExportError(
-                f"{source.model_id} is not what the bundle was made of, {manifest.model.id}: its {name} is {one}, the "
-                f"bundle's {other}; name the bundle's own model."
-            )
+def _check_identity(source: Source, adapters: Sequence[Adapter], manifest: Manifest) -> None:
+    """Compare hashes, where the bundle has one: of the model with the adapters that are merged into its weights."""
+    inside = {record.sha256 for record in manifest.adapters if record.file is None}
+    merged_in = [adapter for adapter in adapters if sha256_of(adapter.path / WEIGHTS) in inside]
+    if manifest.model.sha256 not in (None, model_sha256(source, merged_in)):
+        raise LlamaExportError(
+            f"{source.model_id} is not what the bundle was made of, {manifest.model.id}: its weights or its config "
+            "differ; name the bundle's own model, or add --any-model."
+        )
