@@ -18,6 +18,7 @@ from llama_export.runtime.foreign import (
     ONNX,
     OPTIMUM,
     ForeignReplayer,
+    check_model,
     check_reference,
     is_foreign,
     open_foreign,
@@ -379,6 +380,13 @@ def test_a_reference_of_another_model(changes: dict[str, Any], words: str, tmp_p
     with pytest.raises(LlamaExportError) as caught:
         check_reference(folder, index_of(**changes))
     assert words in str(caught.value)
+
+
+def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:
+    folder = open_foreign(write_grouped(tmp_path / "folder", LLAMA))
+    check_model(folder, index_of().identity, "tests/tiny")
+    with pytest.raises(LlamaExportError, match=r"another model than tests/tiny, which has 9 layers where .* has 2"):
+        check_model(folder, index_of(layers=9).identity, "tests/tiny")
 
 
 def test_without_a_tokenizer_that_is_told(tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ tokenizer.json again changes its hash.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import LlamaExportError
-from ..reference import Index, Prompt
+from ..reference import Identity, Index, Prompt
 from ..text import Tokenizer
 from .folder import ForeignFolder
 
@@ -20,21 +21,11 @@ def check_reference(folder: ForeignFolder, index: Index) -> tuple[str, ...]:
 
     Returns what could not be compared, sentences for people. No graph runs.
     """
-    identity = index.identity
-    pairs = (
-        ("layers", folder.layers, identity.layers),
-        ("heads of the cache", folder.kv_heads, identity.kv_heads),
-        ("numbers in a head", folder.head_dim, identity.head_dim),
-        ("vocabulary entries", folder.vocab, identity.vocab),
-        ("heads", folder.heads, identity.heads),
-        ("numbers in a hidden state", folder.hidden, identity.hidden),
-    )
-    for what, found, expected in pairs:
-        if found is not None and found != expected:
-            raise LlamaExportError(
-                f"The reference is of another model than {folder.path}: {index.model_id} has {expected} {what}, this "
-                f"one has {found}; make one with `llama-export reference -m MODEL -o FILE`."
-            )
+    for what, found, expected in _sizes(folder, index.identity):
+        raise LlamaExportError(
+            f"The reference is of another model than {folder.path}: {index.model_id} has {expected} {what}, this "
+            f"one has {found}; make one with `llama-export reference -m MODEL -o FILE`."
+        )
     longest = max(len(prompt.ids) for prompt in index.prompts)
     if longest > folder.context:
         raise LlamaExportError(
@@ -47,6 +38,30 @@ def check_reference(folder: ForeignFolder, index: Index) -> tuple[str, ...]:
     for prompt in index.prompts:
         _same_tokens(folder.tokenizer, tokenizer, prompt, index.model_id)
     return ()
+
+
+def check_model(folder: ForeignFolder, identity: Identity, model_id: str) -> None:
+    """Raise LlamaExportError where a checkpoint cannot be the one that was exported, as its sizes differ."""
+    for what, found, expected in _sizes(folder, identity):
+        raise LlamaExportError(
+            f"{folder.path} was exported from another model than {model_id}, which has {expected} {what} where this "
+            f"one has {found}; name the model that was exported."
+        )
+
+
+def _sizes(folder: ForeignFolder, identity: Identity) -> Iterator[tuple[str, int, int]]:
+    """The sizes that differ: their names, the folder's and the reference's."""
+    pairs = (
+        ("layers", folder.layers, identity.layers),
+        ("heads of the cache", folder.kv_heads, identity.kv_heads),
+        ("numbers in a head", folder.head_dim, identity.head_dim),
+        ("vocabulary entries", folder.vocab, identity.vocab),
+        ("heads", folder.heads, identity.heads),
+        ("numbers in a hidden state", folder.hidden, identity.hidden),
+    )
+    for what, found, expected in pairs:
+        if found is not None and found != expected:
+            yield what, found, expected
 
 
 def _load(path: Path) -> Tokenizer:

@@ -38,17 +38,23 @@ def write_concatenated(
     return folder
 
 
-def write_grouped(folder: Path, llama: TinyLlama, *, last_only: bool = False) -> Path:
-    """A folder with genai_config.json, model.onnx, model.onnx.data and tokenizer.json."""
+def write_grouped(folder: Path, llama: TinyLlama, *, last_only: bool = False, eights: bool = False) -> Path:
+    """A folder with genai_config.json, model.onnx, model.onnx.data and tokenizer.json. eights: the head in 8 bits."""
     folder.mkdir(parents=True)
     cos, sin = llama.rope()
     data, tensors = bytearray(), []
-    for name, array in {**llama.weights, "cos": cos, "sin": sin}.items():
+    stored = {**llama.weights, "cos": cos, "sin": sin}
+    nodes = grouped_nodes(llama)
+    if eights:
+        scale = np.abs(stored["head"]).max() / 127
+        stored["head_codes"] = np.round(stored.pop("head") / scale).astype(np.int8)
+        stored["head_scale"] = np.array(scale, np.float32)
+        nodes.append(onnx.node("DequantizeLinear", ["head_codes", "head_scale"], ["head"]))
+    for name, array in stored.items():
         tensors.append(onnx.tensor(name, array, ("model.onnx.data", len(data))))
         data += array.tobytes()
     constants = {"one": [1], "last": -1, "index_one": 1, "axis1": [1]}
     tensors += [onnx.tensor(name, np.array(value, np.int64)) for name, value in constants.items()]
-    nodes = grouped_nodes(llama)
     final = f"x{llama.layers}"
     if last_only:  # as prune_lm_head does
         nodes.append(onnx.node("Gather", [final, "last"], ["row"], attributes={"axis": 1}))
