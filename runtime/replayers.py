@@ -52,11 +52,12 @@ class GraphReplayer:
 
         Raises LlamaExportError as `open_session` and `load_adapter` do, UsageError when there is no such adapter.
         """
-        manifest, values = bundle.manifest, hidden_values(graph)
+        manifest = bundle.manifest
         self.name = engine_name(import_onnxruntime(manifest), manifest)
         self.vocab, self.context = manifest.shape.vocab, manifest.limits.context
         self.chunk = min(self.context, _LONGEST_CALL)
         self.most_rows = most_rows(manifest.shape, self.context)
+        values = hidden_values(graph) if layers else {}
         self._hidden = {layer: values[layer] for layer in layers if layer in values}
         if self._hidden:
             graph = with_outputs(graph, self._hidden.values())

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from llama_export.errors import LlamaExportError, UsageError
 from llama_export.runtime.backend import OnnxRuntimeBackend
-from llama_export.runtime.batch import BatchReplay
 from llama_export.runtime.bundle import Bundle
 from llama_export.runtime.cache import lazy_zeros
+from llama_export.runtime.replayers import GraphReplayer
 from support.tiny_bundle import TinyLlama, random_llama, write_bundle
 
 pytest.importorskip("onnxruntime", reason="the backend needs ONNX Runtime")
@@ -148,7 +148,7 @@ def own_bundle(tmp_path: Path) -> Bundle:
 
 LOADERS: dict[str, Callable[[Bundle, bytes], object]] = {
     "run": lambda bundle, graph: OnnxRuntimeBackend(bundle, model=graph, threads=1),
-    "replay": lambda bundle, graph: BatchReplay(bundle, 2, model=graph, threads=1),
+    "replay": lambda bundle, graph: GraphReplayer(bundle, graph, 1, exact=True),
 }
 """Every way to load a graph: all make the same checks."""
 

@@ -11,10 +11,10 @@ import pytest
 from llama_export.errors import LlamaExportError, UsageError
 from llama_export.runtime import ort_executors
 from llama_export.runtime.backend import OnnxRuntimeBackend
-from llama_export.runtime.batch import BatchReplay
 from llama_export.runtime.bundle import Bundle
 from llama_export.runtime.executor import StepBackend
 from llama_export.runtime.ort_executors import BucketExecutor, StaticExecutor, onnxruntime_executor
+from llama_export.runtime.replayers import GraphReplayer
 from llama_export.runtime.requirements import parse_version
 from llama_export.runtime.session import LEAST
 from support.tiny_bundle import random_llama, write_bundle
@@ -174,8 +174,12 @@ def test_rows_may_stand_at_different_positions(bundle: Bundle, monkeypatch: pyte
 
 def test_a_replay_of_several_rows(bundle: Bundle) -> None:
     rows = np.array([IDS[:20], IDS[20:40], IDS[40:60]])
-    replay = BatchReplay(bundle, 3, model=bundle.file("model.onnx").read_bytes(), threads=1)
-    parts = [replay.extend(rows[:, start:stop]) for start, stop in ((0, 9), (9, 10), (10, 11), (11, 20))]
+    replay = GraphReplayer(bundle, bundle.file("model.onnx").read_bytes(), 1, exact=True)
+    replay.begin(3)
+    parts = [
+        replay.run(rows[:, start:stop], [start] * 3, [stop - start] * 3)
+        for start, stop in ((0, 9), (9, 10), (10, 11), *((one, one + 1) for one in range(11, 20)))
+    ]
     close(np.concatenate(parts, axis=1), np.array([LLAMA.logits(row.tolist()) for row in rows]))
 
 
@@ -195,13 +199,12 @@ def test_the_static_cache_is_written_in_place(tmp_path_factory: pytest.TempPathF
     bundle = write_tensorrt_bundle(tmp_path_factory.mktemp("static"), STATIC, LLAMA)
     executor = StaticExecutor(bundle, model=None, rows=1, threads=1, exact=False)
     backend = StepBackend(bundle, executor)
-    places = {name: value.data_ptr() for name, value in executor._cache.items()}
+    places = [part.ctypes.data for part in executor._past.values()]
     backend.extend(IDS[:10])
     backend.step(IDS[10])
     outputs = executor._binding.get_outputs()
-    assert [value.data_ptr() for value in outputs[:-1]] == list(places.values())
-    for value in executor._cache.values():
-        keys = value.numpy()
+    assert [value.data_ptr() for value in outputs[:-1]] == places
+    for keys in executor._past.values():
         assert keys.shape == (1, LLAMA.kv_heads, 64, LLAMA.head_dim)
         assert keys[:, :, :11].any(axis=(0, 1, 3)).all()
         assert not keys[:, :, 11:].any()

@@ -15,7 +15,7 @@ ROOT = Path(llama_export.__file__).parent
 PARTS = ("export", "optimize", "targets", "runtime")
 
 # A build records the reference by running the graph that it wrote, with the parts of the runtime that verify uses.
-_RECORDING = {"runtime.batch", "runtime.onnx_file", "runtime.reference", "runtime.threads"}
+_RECORDING = {"runtime.onnx_file", "runtime.reference", "runtime.replayers", "runtime.threads"}
 
 # A bisection runs the graph with its inner values as outputs, and reads the weights as the device stores them.
 _BISECTING = {
