@@ -128,7 +128,7 @@ def test_another_model_is_told_before_anything_runs(
 ) -> None:
     monkeypatch.setattr(module, "ForeignReplayer", None)
     folder = write_concatenated(tmp_path / "folder", random_llama(7, layers=3))
-    with pytest.raises(LlamaExportError, match="has 2 layers, this one has 3"):
+    with pytest.raises(LlamaExportError, match="has 2 layers where it has 3"):
         verified(folder, reference)
     damaged = tmp_path / "damaged.npz"
     damaged.write_bytes(reference.read_bytes()[:-2000])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .folder import GENAI, ONNX, OPTIMUM, ForeignFolder, is_foreign, open_foreign
-from .identity import check_model, check_reference
+from .identity import check_reference
 from .replayer import ForeignReplayer
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "OPTIMUM",
     "ForeignFolder",
     "ForeignReplayer",
-    "check_model",
     "check_reference",
     "is_foreign",
     "open_foreign",

@@ -23,8 +23,8 @@ def check_reference(folder: ForeignFolder, index: Index) -> tuple[str, ...]:
     """
     for what, found, expected in _sizes(folder, index.identity):
         raise LlamaExportError(
-            f"The reference is of another model than {folder.path}: {index.model_id} has {expected} {what}, this "
-            f"one has {found}; make one with `llama-export reference -m MODEL -o FILE`."
+            f"{folder.path} is of another model than {index.model_id}, which has {expected} {what} where it has "
+            f"{found}; make a reference of the model that was exported with `llama-export reference -m MODEL -o FILE`."
         )
     longest = max(len(prompt.ids) for prompt in index.prompts)
     if longest > folder.context:
@@ -38,15 +38,6 @@ def check_reference(folder: ForeignFolder, index: Index) -> tuple[str, ...]:
     for prompt in index.prompts:
         _same_tokens(folder.tokenizer, tokenizer, prompt, index.model_id)
     return ()
-
-
-def check_model(folder: ForeignFolder, identity: Identity, model_id: str) -> None:
-    """Raise LlamaExportError where a checkpoint cannot be the one that was exported, as its sizes differ."""
-    for what, found, expected in _sizes(folder, identity):
-        raise LlamaExportError(
-            f"{folder.path} was exported from another model than {model_id}, which has {expected} {what} where this "
-            f"one has {found}; name the model that was exported."
-        )
 
 
 def _sizes(folder: ForeignFolder, identity: Identity) -> Iterator[tuple[str, int, int]]:
@@ -84,7 +75,6 @@ def _same_tokens(path: Path, tokenizer: Tokenizer, prompt: Prompt, model: str) -
     if want not in [one[: len(want)] for one in found]:
         at = next((i for i, (one, other) in enumerate(zip(special, want, strict=False)) if one != other), len(special))
         raise LlamaExportError(
-            f"The reference has another tokenizer than {path}: of {prompt.name!r} that makes "
-            f"{special[at : at + _TOLD]} from token {at} on, {model}'s makes {want[at : at + _TOLD]}; make a reference "
-            "of the model that was exported."
+            f"{model} has another tokenizer than {path}: of {prompt.name!r} it makes {want[at : at + _TOLD]} from token "
+            f"{at} on, where that makes {special[at : at + _TOLD]}; make a reference of the model that was exported."
         )
