@@ -17,6 +17,7 @@ class BuildOptions:
     adapters: folders of LoRA adapters, each with `:weight` or without. adapter_mode: "merge" them into the weights, or
     keep them beside them to be chosen at "runtime". any_base: take adapters whatever model they name as their base.
     jetpack: of a Jetson; backend: of those that the target has. calibrate: the text to calibrate activations on.
+    prompts: a file of those that the reference records, None for the built-in ones.
     """
 
     model: str
@@ -37,3 +38,4 @@ class BuildOptions:
     jetpack: str | None = None
     backend: str | None = None
     calibrate: Path | None = None
+    prompts: Path | None = None

@@ -81,6 +81,7 @@ def main() -> None:
 )
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Where downloads are kept; default: below HF_HOME.")
 @click.option("--no-reference", is_flag=True, help="Leave out PyTorch's answers: quicker, but `verify` cannot compare.")
+@click.option("--prompts", type=click.Path(path_type=Path), help="What PyTorch answers; see `reference --help`.")
 @click.option(
     "--force", is_flag=True, help="Replace a bundle that is there already, and build what will not fit the target."
 )
@@ -146,6 +147,47 @@ def verify(
             write_whole(path, text())
     if not report.passed:
         raise SystemExit(1)
+
+
+@main.command()
+@click.option("-m", "--model", required=True, help="A checkpoint's folder, a GGUF file, or an id on the hub.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file, such as model.npz.")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="A text with a prompt on each line, or JSON objects with `text` or `messages` (.jsonl); default: our own.",
+)
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    help="What proposes the greedy text: a bundle, or a folder of optimum or onnxruntime-genai; default: an export "
+    "that is made for it and removed.",
+)
+@click.option("--exact", is_flag=True, help="With the weights as the bundle stores them, not the checkpoint's own.")
+@click.option("--full", is_flag=True, help="Keep all logits: 4 bytes for each entry of the vocabulary and position.")
+@click.option("--adapter", "adapters", multiple=True, metavar="DIR[:WEIGHT]", help="A LoRA adapter, as for `build`.")
+@click.option("--any-base", is_flag=True, help="Take adapters whatever model they name as their base.")
+@click.option("--new-tokens", type=click.IntRange(1, 1 << 16), help="Greedy tokens after each prompt; default: 16.")
+@click.option("--layers", metavar="N,N|all", help="To sample hidden states and cache of; default: 8, evenly spread.")
+@click.option("--context", type=click.IntRange(min=1), help="Most tokens of a text; default: the bundle's, or 4096.")
+@click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option("--token", help="Access token for the hub; default: HF_TOKEN.")
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="Where downloads are kept; default: below HF_HOME.")
+@click.option("--force", is_flag=True, help="Replace a file that is there already.")
+@json_option
+@quiet_option
+def reference(*, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Record what PyTorch computes, for `verify --reference`; needs memory for one decoder layer."""
+    need_build_machine()
+    need_extra("build,cpu", ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"), "Recording a reference")
+    from .referencing import ReferenceOptions, make_reference
+
+    with Terminal(quiet=quiet) as progress:
+        report = make_reference(ReferenceOptions(**options), progress)
+    if as_json:
+        click.echo(json.dumps(report.to_json(), indent=2))
+    else:
+        echo_lines(report.lines())
 
 
 @main.command("eval")

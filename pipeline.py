@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from .export.prompts import Asked
     from .export.write import Placement
     from .optimize.trt.linear import InputScale
     from .runtime.reference import WeightRecord
@@ -88,6 +89,7 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildRepor
     clock.stage("open", f"Opening {options.model}")
     plan = plan_build(options, target, progress)
     need_builder(plan)
+    prompts = _prompts(plan, options)
     plan, inputs = _calibrated(plan, clock, progress)
     require_space(place.parent, plan.stored + _BESIDE_WEIGHTS)
     for warning in (plan.context.warning, stretch_note(plan.source.config, plan.context.context)):
@@ -101,7 +103,7 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildRepor
         manifest = _manifest(plan)
         if options.reference:
             clock.stage("reference", "Recording what PyTorch computes")
-            _write_references(plan, written, folder, manifest, progress)
+            _write_references(plan, prompts, written, folder, manifest, progress)
         built = None
         if manifest.engine is not None:
             clock.stage("engine", f"Making engines for {plan.target.name}")
@@ -262,13 +264,29 @@ def tool_versions() -> dict[str, str]:
     }
 
 
-def _write_references(plan: BuildPlan, written: _Written, folder: Path, manifest: Manifest, progress: Progress) -> None:
+def _prompts(plan: BuildPlan, options: BuildOptions) -> Sequence[Asked]:
+    """What the references record; none where there will be none."""
+    from .export.prompts import built_in_prompts, prompts_of_file  # noqa: PLC0415
+
+    if not options.reference:
+        return ()
+    if options.prompts is None:
+        return built_in_prompts(plan.source, plan.context.context)
+    return prompts_of_file(plan.source, options.prompts, plan.context.context)
+
+
+def _write_references(
+    plan: BuildPlan,
+    prompts: Sequence[Asked],
+    written: _Written,
+    folder: Path,
+    manifest: Manifest,
+    progress: Progress,
+) -> None:
     """Those of the model, and of each adapter beside its weights."""
-    from .export.prompts import built_in_prompts  # noqa: PLC0415
     from .export.record import Recorder  # noqa: PLC0415
     from .runtime.reference_file import save  # noqa: PLC0415
 
-    prompts = built_in_prompts(plan.source, manifest.limits.context)
     recorder = Recorder(plan.source, folder, manifest, plan.sha256, prompts, tool_versions(), progress)
     for kind, reference in recorder.model(written.placements, written.tables).items():
         save(reference, folder / reference_file(kind))

@@ -83,7 +83,7 @@ def plan_build(options: BuildOptions, target: Target, progress: Progress) -> Bui
         cache_dir=options.cache_dir,
         progress=progress,
     )
-    adapters, merge = _open_adapters(options, source), options.adapter_mode == MERGE
+    adapters, merge = open_adapters(options, source), options.adapter_mode == MERGE
     sha256 = model_sha256(source, adapters if merge else ())
     if merge:
         source = source.with_other(tensors=merged(source.tensors, adapters))
@@ -135,7 +135,11 @@ def _kept(tensors: Mapping[str, SourceTensor], formats: Mapping[str, Format]) ->
     return f"Without --precision, matrices are stored as they come, or nearest to it: {', '.join(pairs)}."
 
 
-def _open_adapters(options: BuildOptions, source: Source) -> tuple[Adapter, ...]:
+def open_adapters(options: BuildOptions, source: Source) -> tuple[Adapter, ...]:
+    """The adapters that `options` names, which fit the checkpoint and have names of their own.
+
+    Raises UsageError and LlamaExportError, each with one sentence for the user.
+    """
     adapters = tuple(fitted(read_adapter(text), source.model_id, source.tensors) for text in options.adapters)
     for adapter in adapters:
         check_carried(adapter.path, legal_files(adapter.path))

@@ -44,7 +44,7 @@ def staged(destination: Path, *, force: bool) -> Iterator[Path]:
     place = check_destination(destination, force=force)
     made = _make_parents(place)
     try:
-        with _signals_raise(), _staging(place, force=force) as staging:
+        with signals_raise(), _staging(place, force=force) as staging:
             try:
                 yield staging / _NEW
             except OSError as error:
@@ -282,7 +282,7 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
+def signals_raise() -> Iterator[None]:
     """Make signals that end the process raise SystemExit instead, so that the staging folder is removed.
 
     Only where nobody handles or ignores them (nohup), and only in the main thread, which Python gives signals to.

@@ -10,12 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import LlamaExportError
 from ..optimize.tensors import SourceTensor
+from ..runtime.bundle import Bundle
 from ..runtime.reference import Identity
 from .config import known_facts
 from .lora.peft_folder import Adapter, LowRank
 from .safetensors_file import StoredTensor
 from .source import Source
+
+TOKENIZER = "tokenizer.json"
 
 
 def model_sha256(source: Source, adapters: Sequence[Adapter] = ()) -> str:
@@ -56,12 +60,31 @@ def _halves(part: LowRank) -> tuple[tuple[str, StoredTensor], ...]:
     return (("a", part.a), ("b", part.b))
 
 
+def check_same_model(bundle: Bundle, source: Source, sha256: str) -> None:
+    """Raise LlamaExportError unless `source`, whose `model_sha256` this is, is what a bundle was made of."""
+    manifest, shape = bundle.manifest, source.shape
+    what = f"The bundle {bundle.path} was made of {manifest.model.id}, and {source.model_id} is another model"
+    sizes = ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab")
+    different = [name for name in sizes if getattr(manifest.shape, name) != getattr(shape, name)]
+    if different:
+        raise LlamaExportError(f"{what}, with other {different[0]}; name the checkpoint that the bundle was made of.")
+    if manifest.model.sha256 not in (None, sha256):
+        merged = [adapter.name for adapter in manifest.adapters if adapter.file is None]
+        advice = f"the same --adapter ({', '.join(merged)})" if merged else "without --adapter"
+        raise LlamaExportError(
+            f"{what}, by the hash of its weights and config; name the checkpoint that the bundle was made of, {advice}."
+        )
+    tokenizer = hashlib.sha256(source.content(TOKENIZER)).hexdigest()
+    if TOKENIZER in manifest.files and manifest.files[TOKENIZER].sha256 != tokenizer:
+        raise LlamaExportError(f"{what}, with another {TOKENIZER}; name the checkpoint that the bundle was made of.")
+
+
 def identity_of(source: Source, sha256: str) -> Identity:
     """What a reference says of its model. sha256: as `model_sha256` gives it."""
     shape = source.shape
     return Identity(
         model_sha256=sha256,
-        tokenizer_sha256=hashlib.sha256(source.content("tokenizer.json")).hexdigest(),
+        tokenizer_sha256=hashlib.sha256(source.content(TOKENIZER)).hexdigest(),
         layers=shape.layers,
         hidden=shape.hidden,
         heads=shape.heads,

@@ -56,8 +56,9 @@ class Asked:
     continuation: int
 
 
-def built_in_prompts(source: Source, context: int) -> tuple[Asked, ...]:
+def built_in_prompts(source: Source, context: int, continuation: int | None = None) -> tuple[Asked, ...]:
     """The built-in texts for a model and a context, in which every one has room, and its continuation where any has.
+    continuation: greedy tokens after each; default: as each text says.
 
     Left out are: the conversation where the checkpoint has no chat template, or one that fails; texts whose tokens lie
     outside of the model's vocabulary; and those that, where the context is small, are cut to what another one is.
@@ -66,7 +67,7 @@ def built_in_prompts(source: Source, context: int) -> tuple[Asked, ...]:
     encoder = _Encoder(source)
     found: dict[tuple[int, ...], Asked] = {}
     for text in _built_in():
-        wanted = min(text.continuation, context // 2)
+        wanted = min(text.continuation if continuation is None else continuation, context // 2)
         written = encoder.built_in(text)
         ids = written[1][: max(1, min(text.tokens or context, context - wanted))] if written is not None else ()
         if written is not None and ids and max(ids) < source.shape.vocab:

@@ -12,9 +12,8 @@ from .prompts import Asked
 
 _TOGETHER = 64
 """Tokens up to which prompts go through the graph as one batch, padded to the longest."""
-_PIECE = 128
-"""Tokens of a longer prompt in one call: the logits of all of them come back, 4 bytes for each entry of the vocabulary.
-"""
+_LOGITS_BYTES = 1 << 26
+"""Of one call, which returns those of all tokens: 130 tokens of a vocabulary of 128,256."""
 
 
 def propose(replayer: Replayer, prompts: Sequence[Asked]) -> list[tuple[int, ...]]:
@@ -22,14 +21,28 @@ def propose(replayer: Replayer, prompts: Sequence[Asked]) -> list[tuple[int, ...
 
     Nobody relies on it: PyTorch proves every token. Raises LlamaExportError when the engine fails.
     """
-    most = min(_TOGETHER, replayer.chunk)
-    together = [number for number, prompt in enumerate(prompts) if len(prompt.ids) <= most]
-    batches = [together[at : at + replayer.most_rows] for at in range(0, len(together), replayer.most_rows)]
-    alone = [[number] for number in range(len(prompts)) if number not in together]
     found: dict[int, tuple[int, ...]] = {}
-    for numbers in (*batches, *alone):
+    for numbers in _batches(replayer, prompts):
         found.update(zip(numbers, _continued(replayer, [prompts[number] for number in numbers]), strict=True))
     return [found[number] for number in range(len(prompts))]
+
+
+def _batches(replayer: Replayer, prompts: Sequence[Asked]) -> list[list[int]]:
+    """Which prompts are read together, by number: short ones, shortest first, and each long one by itself."""
+    together, batches = min(_TOGETHER, replayer.chunk), list[list[int]]()
+    for number in sorted(range(len(prompts)), key=lambda number: len(prompts[number].ids)):
+        tokens, last = len(prompts[number].ids), batches[-1] if batches else []
+        room = last and tokens <= together and len(last) < replayer.most_rows
+        if room and (len(last) + 1) * tokens <= _tokens(replayer):
+            last.append(number)
+        else:
+            batches.append([number])
+    return batches
+
+
+def _tokens(replayer: Replayer) -> int:
+    """Of all texts, in one call."""
+    return max(1, _LOGITS_BYTES // (4 * replayer.vocab))
 
 
 def _continued(replayer: Replayer, prompts: Sequence[Asked]) -> list[tuple[int, ...]]:
@@ -56,7 +69,7 @@ def _read(replayer: Replayer, texts: Sequence[Sequence[int]]) -> Float32:
         counts = [len(text) for text in texts]
         logits = replayer.run(_padded(texts), [0] * len(texts), counts)
         return logits[np.arange(len(texts)), np.array(counts) - 1]
-    (text,), step = texts, min(_PIECE, replayer.chunk)
+    (text,), step = texts, min(_tokens(replayer), replayer.chunk)
     for first in range(0, len(text), step):
         piece = np.array([text[first : first + step]], np.int64)
         logits = replayer.run(piece, [first], [piece.shape[1]])
