@@ -137,8 +137,13 @@ def make_reference(options: ReferenceOptions, progress: Progress | None = None) 
             "--exact out."
         )
     progress.stage(f"Opening {options.model}")
-    where = {"revision": options.revision, "token": options.token, "cache_dir": options.cache_dir}
-    source = open_source(options.model, **where, progress=progress)
+    source = open_source(
+        options.model,
+        revision=options.revision,
+        token=options.token,
+        cache_dir=options.cache_dir,
+        progress=progress,
+    )
     adapters = open_adapters(_build_options(options, Path()), source)
     with signals_raise(), tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=_parent(output)) as scratch:
         ground = _ground(options, source, adapters, Path(scratch), progress)

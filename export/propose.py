@@ -68,7 +68,8 @@ def _read(replayer: Replayer, texts: Sequence[Sequence[int]]) -> Float32:
     if len(texts) > 1:
         counts = [len(text) for text in texts]
         logits = replayer.run(_padded(texts), [0] * len(texts), counts)
-        return logits[np.arange(len(texts)), np.array(counts) - 1]
+        last: Float32 = logits[np.arange(len(texts)), np.array(counts) - 1]
+        return last
     (text,), step = texts, min(_tokens(replayer), replayer.chunk)
     for first in range(0, len(text), step):
         piece = np.array([text[first : first + step]], np.int64)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -180,10 +181,8 @@ class _Pass:
         tied = head_of(self._tensors) == EMBEDDING
         for side in sides:
             one = _Running(side, [], same=True)
-            if side.kind == EXACT and not tied:
-                one.hidden = embedded(self._sequences, lambda name, one=one: self._noted(one, name))
-            else:
-                one.hidden = embedded(self._sequences, lambda name, side=side: self._wanted(side, name))
+            parts = self._noted if side.kind == EXACT and not tied else self._wanted
+            one.hidden = embedded(self._sequences, partial(parts, one))
             if running:
                 one.same = all(map(torch.equal, one.hidden, running[0].hidden))
             running.append(one)
@@ -191,10 +190,10 @@ class _Pass:
             self._advance(EMBEDDING)
         return running
 
-    def _wanted(self, side: Side, name: str) -> Parts:
+    def _wanted(self, one: _Running, name: str) -> Parts:
         """The rows of the tokens that are there."""
         for token in sorted({token for sequence in self._sequences for token in sequence}):
-            yield token, side.rows(name, token, token + 1, None)
+            yield token, one.side.rows(name, token, token + 1, None)
 
     def _noted(self, one: _Running, name: str) -> Parts:
         """All rows, whose fingerprint is known when they have passed."""

@@ -15,7 +15,10 @@ ROOT = Path(llama_export.__file__).parent
 PARTS = ("export", "optimize", "targets", "runtime")
 
 # A build records the reference by running the graph that it wrote, with the parts of the runtime that verify uses.
-_RECORDING = {"runtime.onnx_file", "runtime.reference", "runtime.replayers", "runtime.threads"}
+_RECORDING = {
+    *("runtime.arrays", "runtime.chat", "runtime.onnx_file", "runtime.reference", "runtime.reference_checks"),
+    *("runtime.replayer", "runtime.replayers", "runtime.threads"),
+}
 
 # A bisection runs the graph with its inner values as outputs, and reads the weights as the device stores them.
 _BISECTING = {
