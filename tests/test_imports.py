@@ -26,6 +26,9 @@ _BISECTING = {
     *("runtime.session", "runtime.weights"),
 }
 
+# An evaluation knows the adapters of a bundle's original by the hashes in the manifest.
+_EVALUATING = {"runtime.hashing"}
+
 # Engines are built on a device too, as a recipe says, and laid where the runtime looks for them.
 _BUILDING = {
     *("runtime.recipe", "runtime.decode_json", "runtime.protobuf", "runtime.tensorrt"),
@@ -33,7 +36,7 @@ _BUILDING = {
 }
 
 ALLOWED = {
-    "export": {"export", "optimize", "runtime.bundle", *_RECORDING, *_BISECTING},
+    "export": {"export", "optimize", "runtime.bundle", *_RECORDING, *_EVALUATING, *_BISECTING},
     "targets": {"targets", "optimize", "runtime.bundle", *_BUILDING},
     "optimize": {"optimize"},
     "runtime": {"runtime"},

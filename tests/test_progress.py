@@ -3,7 +3,7 @@
 import io
 
 import pytest
-from llama_export.progress import Terminal, clock, progress_figures
+from llama_export.progress import Terminal, clock, count_figures, progress_figures
 
 
 class Screen(io.StringIO):
@@ -108,3 +108,14 @@ def test_figures(done: int, total: int, seconds: float, text: str) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert clock(seconds) == text
+
+
+def test_parts_are_counted_with_the_time_that_is_left() -> None:
+    assert count_figures(3, 10, 0, 6.0) == "3 of 10  14 s left"
+    assert count_figures(1003, 2000, 1000, 3.0) == "1,003 of 2,000  16:37 min left"
+    assert count_figures(2, 10, 2, 5.0) == "2 of 10"
+    screen = Screen()
+    with Terminal(screen) as progress:
+        progress.stage("Scoring")
+        progress.count(4.5, 10)
+    assert "Scoring  4 of 10" in screen.getvalue()
