@@ -76,5 +76,5 @@ def _same_tokens(path: Path, tokenizer: Tokenizer, prompt: Prompt, model: str) -
         at = next((i for i, (one, other) in enumerate(zip(special, want, strict=False)) if one != other), len(special))
         raise LlamaExportError(
             f"{model} has another tokenizer than {path}: of {prompt.name!r} it makes {want[at : at + _TOLD]} from "
-            f"token {at} on, where that makes {special[at : at + _TOLD]}; make a reference of the model that was exported."
+            f"token {at} on, where that makes {special[at : at + _TOLD]}; take the model that was exported."
         )
