@@ -15,6 +15,7 @@ from llama_export.runtime.evaluate import likelihood
 from llama_export.runtime.evaluate.questions import FORMS
 from support.command import call, start
 from support.tiny_bundle import BOS, TinyLlama, byte_tokenizer, random_llama, write_bundle
+from support.tiny_tensorrt import write_tensorrt_bundle
 
 TEXT = "The lighthouse keeper climbed the stairs.\nGröße, 東京: " * 5
 
@@ -108,6 +109,14 @@ def test_perplexity_by_the_book(
     low, high = got["perplexity"]["interval"]
     assert low < math.exp(nll) < high
     assert got["bytes"] == (len(TEXT.encode()) if stride else tokens)  # a byte is a token here, beside BOS
+
+
+@pytest.mark.parametrize("dialect", ["trt", "trt-primitive"])
+def test_every_backend_is_measured_by_the_same_code(llama: TinyLlama, tmp_path: Path, dialect: str) -> None:
+    bundle = write_tensorrt_bundle(tmp_path / "bundle", dialect, llama).path
+    got = found(bundle, "--text", written(tmp_path / "text", TEXT), "--window", 30, "--backend", "onnxruntime")
+    expected = text_losses(llama, 30, 30)
+    assert got["nll"]["value"] == pytest.approx(sum(map(sum, expected)) / sum(map(len, expected)), rel=1e-5)
 
 
 def test_the_default_window_is_the_context_where_that_is_small(bundle: Path, tmp_path: Path) -> None:
