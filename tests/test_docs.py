@@ -33,7 +33,7 @@ ROOT = Path(llama_export.__file__).parent
 README, ARCHITECTURE, BUNDLE, PARITY = (
     ROOT / name for name in ("README.md", "docs/architecture.md", "docs/bundle.md", "docs/parity.md")
 )
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLES = {
     "ort": ROOT / "docs/examples/plain_onnxruntime.py",
     "trt": ROOT / "docs/examples/plain_tensorrt_graph.py",
@@ -115,7 +115,13 @@ def test_commands_can_be_given_so(
     if settings is not None:
         (tmp_path / FILE_NAME).write_text(settings)
     tool, *arguments = words
-    ours = {"llama-export": parse_ours, "make": parse_make, "pip": parse_pip, "python": parse_python}
+    ours = {
+        "llama-export": parse_ours,
+        "make": parse_make,
+        "pip": parse_pip,
+        "python": parse_python,
+        "pytest": parse_pytest,
+    }
     (ours | dict.fromkeys(OTHERS, len))[tool](arguments)
 
 
@@ -143,6 +149,11 @@ def parse_pip(arguments: list[str]) -> None:
 
 def parse_python(arguments: list[str]) -> None:
     assert (ROOT / arguments[0]).is_file()
+
+
+def parse_pytest(arguments: list[str]) -> None:
+    offered = re.findall(r'"(--llama-[\w-]+)"', (ROOT / "pytest_plugin.py").read_text())
+    assert {word.partition("=")[0] for word in arguments if word.startswith("--")} <= set(offered)
 
 
 def project() -> dict:
