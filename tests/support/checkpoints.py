@@ -29,10 +29,14 @@ def write_checkpoint(folder: Path, stored: str) -> tuple[str, str | None]:
     """Write the checkpoint of `built(stored)` into `folder`; return its path and the --precision that it is for."""
     if stored in PRECISIONS:
         path = write_llama_folder(folder / "llama", attention_bias=True)
-        # As small as in trained models, where the norms' epsilon matters.
-        weights = random_weights(json.loads((path / "config.json").read_text()))
-        weights["model.embed_tokens.weight"] *= np.float32(0.1)
-        write_weights(path, weights)
+        write_weights_of_trained_size(path)
         return str(path), stored
     types = _MIXED if stored == "mixed" else stored
     return str(write_llama_gguf(folder / "llama.gguf", types=types, tied=stored != "mixed")), None
+
+
+def write_weights_of_trained_size(path: Path) -> None:
+    """Give a checkpoint an embedding as small as in trained models, where the norms' epsilon matters."""
+    weights = random_weights(json.loads((path / "config.json").read_text()))
+    weights["model.embed_tokens.weight"] *= np.float32(0.1)
+    write_weights(path, weights)

@@ -18,11 +18,12 @@ DATA = "model.onnx.data"
 Fault = Callable[[Path], None]
 
 
-def copy_of(bundle: Path, folder: Path, *, changed: str) -> Path:
+def copy_of(bundle: Path, folder: Path, *, changed: str | tuple[str, ...]) -> Path:
     """The bundle again in `folder`; what is not to be changed is linked, not copied, since it may be large."""
+    names = (changed,) if isinstance(changed, str) else changed
 
     def copy(source: str, target: str) -> None:
-        if Path(source).name == changed:
+        if Path(source).name in names:
             shutil.copyfile(source, target)
         else:
             os.link(source, target)
@@ -35,7 +36,7 @@ def flip(name: str, bit: int, *, at: int | str = 0) -> Fault:
     """Flip a bit (0 the lowest) of one number of a stored tensor: of the number `at`, or of its last one."""
 
     def plant(bundle: Path) -> None:
-        offset, width, count = _place(bundle, name)
+        offset, width, count = place(bundle, name)
         number = count - 1 if at == "last" else int(at)
         with (bundle / DATA).open("r+b") as file:
             file.seek(offset + number * width + bit // 8)
@@ -50,7 +51,7 @@ def put(name: str, value: float, *, at: int = 0) -> Fault:
     """Store another number."""
 
     def plant(bundle: Path) -> None:
-        offset, width, _ = _place(bundle, name)
+        offset, width, _ = place(bundle, name)
         with (bundle / DATA).open("r+b") as file:
             file.seek(offset + at * width)
             file.write(np.array(value, {4: "<f4", 2: "<f2"}[width]).tobytes())
@@ -62,9 +63,9 @@ def swap_rows(name: str, first: int, second: int, count: int) -> Fault:
     """Exchange `count` rows of a stored matrix from `first` on with those from `second` on."""
 
     def plant(bundle: Path) -> None:
-        tensor = _tensor(bundle, name)
-        offset, width, total = _place(bundle, name)
-        row = total * width // tensor.dims[0]
+        found = tensor(bundle, name)
+        offset, width, total = place(bundle, name)
+        row = total * width // found.dims[0]
         with (bundle / DATA).open("r+b") as file:
             parts = []
             for start in (first, second):
@@ -83,11 +84,19 @@ def attribute(op_type: str, name: str, value: float, *, which: int = 0) -> Fault
     def change(model: onnx.ModelProto) -> None:
         nodes = [node for node in model.graph.node if node.op_type == op_type]
         for node in nodes if which < 0 else nodes[which : which + 1]:
-            kept = [one for one in node.attribute if one.name != name]
-            del node.attribute[:]
-            node.attribute.extend([*kept, onnx.helper.make_attribute(name, value)])
+            set_attribute(node, name, value)
 
     return graph(change)
+
+
+def set_attribute(node: onnx.NodeProto, name: str, value: float) -> None:
+    kept = [one for one in node.attribute if one.name != name]
+    del node.attribute[:]
+    node.attribute.extend([*kept, onnx.helper.make_attribute(name, value)])
+
+
+def attribute_of(node: onnx.NodeProto, name: str) -> int:
+    return next(one.i for one in node.attribute if one.name == name)
 
 
 def swap_outputs(op_type: str, like: str) -> Fault:
@@ -113,14 +122,14 @@ def graph(change: Callable[[onnx.ModelProto], None]) -> Fault:
     return plant
 
 
-def _tensor(bundle: Path, name: str) -> onnx.TensorProto:
+def tensor(bundle: Path, name: str) -> onnx.TensorProto:
     model = onnx.load(bundle / "model.onnx", load_external_data=False)
     return next(tensor for tensor in model.graph.initializer if tensor.name == name)
 
 
-def _place(bundle: Path, name: str) -> tuple[int, int, int]:
+def place(bundle: Path, name: str) -> tuple[int, int, int]:
     """Offset in the data file, bytes of a number, and how many numbers."""
-    tensor = _tensor(bundle, name)
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    width = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    found = tensor(bundle, name)
+    entries = {entry.key: entry.value for entry in found.external_data}
+    width = onnx.helper.tensor_dtype_to_np_dtype(found.data_type).itemsize
     return int(entries["offset"]), width, int(entries["length"]) // width
