@@ -199,13 +199,12 @@ def _plain(folder: ForeignFolder, prompts: tuple[str, ...]) -> Iterator[_Asked]:
 
 
 def _quantised(folder: ForeignFolder, prompts: tuple[str, ...]) -> Iterator[_Asked]:
-    exact = not folder.rounds_activations
-    if exact:
+    if folder.full_precision:
         title = "Full-precision kernels by every way, against the same in one piece"
         question = _question(folder, prompts, FULL, title, limits_of(FULL, folder.cache_dtype), without=ONE_PIECE)
         yield _Asked(question, exact=True, own=True)
         title, setting = "Shipped kernels, against the full-precision ones", folder.cache_dtype
-    else:  # the graph rounds by what stands in one call
+    else:  # they round by what stands in one call
         title, setting = "Shipped kernels by every way, against the same in one piece", "rounded"
     yield _Asked(_question(folder, prompts, SHIPPED, title, limits_of(SHIPPED, setting)), exact=False, own=True)
     title = "What really runs, against PyTorch on the original weights: what quantisation cost"

@@ -47,6 +47,7 @@ FOLDERS: dict[str, Make] = {
     "int32": lambda path: write_concatenated(path, LLAMA, numbers="int32"),
     "without-positions": lambda path: write_concatenated(path, LLAMA, positions=False),
     "optimum-last": lambda path: write_concatenated(path, LLAMA, last_only=True),
+    "merged": lambda path: write_concatenated(path, LLAMA, merged=True),
     "genai": lambda path: write_grouped(path, LLAMA),
     "genai-last": lambda path: write_grouped(path, LLAMA, last_only=True),
     "ours": our_bundle,

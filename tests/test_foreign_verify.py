@@ -156,5 +156,5 @@ def test_the_command(reference: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert command("verify", folder / "model.onnx", "--reference", reference, "-q") == 0
     assert command("verify", other, "--reference", reference, "-q") == 1
     assert command("verify", folder, "-q") == 2
-    assert command("verify", folder, "--reference", reference, "--bisect", "-q") == 2
+    assert command("verify", folder, "--reference", reference, "--any-model", "-q") == 2
     assert "is for bundles" in capsys.readouterr().err

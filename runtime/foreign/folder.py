@@ -17,7 +17,7 @@ from typing import Any
 
 from ...errors import LlamaExportError, UsageError
 from ..bundle import MANIFEST, is_safe_name
-from .graph import OnnxFile, read_onnx
+from .graph import read_onnx
 from .signature import Signature, signature
 
 OPTIMUM, GENAI, ONNX = "optimum", "onnxruntime-genai", "onnx"
@@ -73,6 +73,13 @@ class ForeignFolder:
     @property
     def quantised(self) -> bool:
         return self.weights in _QUANTISED
+
+    @property
+    def full_precision(self) -> bool:
+        """Whether kernels can be asked to round no activations: not where the graph does it itself, nor those in one
+        of its inner graphs.
+        """
+        return not self.rounds_activations and not (self.blockwise and self.signature.branch is not None)
 
     @property
     def has_positions(self) -> bool:
@@ -142,7 +149,7 @@ def open_foreign(path: str | os.PathLike[str]) -> ForeignFolder:
         blockwise=_BLOCKWISE in onnx.ops,
         rounds_activations=onnx.rounds_activations,
         tokenizer=tokenizer if _plain(tokenizer) else None,
-        notes=(*notes, *_graph_notes(graph, onnx)),
+        notes=(*notes, *_graph_notes(graph)),
     )
 
 
@@ -271,10 +278,8 @@ def _context(model: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[int, 
     return _ASSUMED_CONTEXT, (f"Nothing tells the context of this graph; {_ASSUMED_CONTEXT} tokens were assumed.",)
 
 
-def _graph_notes(graph: Path, onnx: OnnxFile) -> list[str]:
+def _graph_notes(graph: Path) -> list[str]:
     notes = []
     if graph.name == "decoder_with_past_model.onnx":
         notes.append(f"Only {graph.name} ran; decoder_model.onnx, which others take for a prompt, was not looked at.")
-    if onnx.rounds_activations:
-        notes.append("The graph itself rounds activations to 8 bits, so it cannot be asked in full precision.")
     return notes

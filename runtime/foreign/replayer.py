@@ -174,6 +174,8 @@ def takes_padding(folder: ForeignFolder) -> bool:
 
 def _notes(folder: ForeignFolder, most_rows: int) -> list[str]:
     notes = []
+    if not folder.full_precision:
+        notes.append("Kernels of this graph round activations to 8 bits, and cannot be asked in full precision.")
     if folder.signature.last_only:
         notes.append(
             "The graph gives logits of the last token alone, so prompts ran token by token, and in one piece only to "

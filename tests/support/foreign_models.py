@@ -15,15 +15,23 @@ CONTEXT = 48
 
 
 def write_concatenated(
-    folder: Path, llama: TinyLlama, *, positions: bool = True, numbers: str = "int64", last_only: bool = False
+    folder: Path,
+    llama: TinyLlama,
+    *,
+    positions: bool = True,
+    numbers: str = "int64",
+    last_only: bool = False,
+    merged: bool = False,
 ) -> Path:
     """A folder with config.json, model.onnx (its weights inside) and tokenizer.json.
 
     positions: with the input position_ids; without, positions are the slots of the cache. numbers: dtype of ids, mask
-    and positions. last_only: logits of the last token alone.
+    and positions. last_only: logits of the last token alone. merged: as older optimum merged two graphs, with an input
+    that tells whether there is a cache.
     """
     folder.mkdir(parents=True)
-    (folder / "model.onnx").write_bytes(concatenated(llama, positions, numbers, last_only))
+    content = concatenated(llama, positions, numbers, last_only, merged)
+    (folder / ("decoder_model_merged.onnx" if merged else "model.onnx")).write_bytes(content)
     config = {
         "model_type": "llama",
         "hidden_size": llama.hidden,
@@ -93,7 +101,7 @@ def _ports(llama: TinyLlama, names: list[str], numbers: str, last_only: bool) ->
     return inputs, outputs
 
 
-def concatenated(llama: TinyLlama, positions: bool, numbers: str, last_only: bool) -> bytes:
+def concatenated(llama: TinyLlama, positions: bool, numbers: str, last_only: bool, merged: bool) -> bytes:
     """The model's bytes."""
     cos, sin = llama.rope()
     arrays = {
@@ -111,6 +119,7 @@ def concatenated(llama: TinyLlama, positions: bool, numbers: str, last_only: boo
         "one": np.array(1, np.int64),
         "axis1": np.array([1], np.int64),
         "axis2": np.array([2], np.int64),
+        "none_at": np.array([0], np.int64),
         "axes12": np.array([1, 2], np.int64),
         "last": np.array([-1], np.int64),
         "end": np.array([2**62], np.int64),
@@ -120,14 +129,40 @@ def concatenated(llama: TinyLlama, positions: bool, numbers: str, last_only: boo
     }
     names = ["input_ids", "attention_mask", *(["position_ids"] if positions else [])]
     tensors = [onnx.tensor(name, array) for name, array in arrays.items()]
-    return onnx.model(_nodes(llama, positions, last_only), tensors, *_ports(llama, names, numbers, last_only))
+    inputs, outputs = _ports(llama, names, numbers, last_only)
+    nodes = [*_used_cache(llama, merged), *_nodes(llama, positions, last_only)]
+    branch = [onnx.value_info("use_cache_branch", "bool", [1])] if merged else []
+    return onnx.model(nodes, tensors, [*inputs, *branch], outputs)
+
+
+def _used_cache(llama: TinyLlama, merged: bool) -> list[bytes]:
+    """The cache as the layers read it; nothing of it where a merged graph is told that there is none."""
+    nodes = []
+    for name in (f"{layer}.{part}" for layer in range(llama.layers) for part in ("key", "value")):
+        past, used = f"past_key_values.{name}", f"used.{name}"
+        if not merged:
+            nodes.append(onnx.node("Identity", [past], [used]))
+            continue
+        shape = onnx.value_info(f"{used}.branch", "float32", ["batch", llama.kv_heads, "past", llama.head_dim])
+        none = onnx.node("Slice", [past, "none_at", "none_at", "axis2"], [f"{used}.branch"])
+        all_ = onnx.node("Identity", [past], [f"{used}.branch"])
+        branches = b"".join(
+            onnx.block(5, onnx.block(1, f"{kind}_branch") + onnx.block(6, _graph(node, shape)) + onnx.number(20, 5))
+            for kind, node in (("then", all_), ("else", none))
+        )
+        nodes.append(onnx.node("If", ["use_cache_branch"], [used]) + branches)
+    return nodes
+
+
+def _graph(node: bytes, output: bytes) -> bytes:
+    return onnx.block(1, node) + onnx.block(2, "branch") + onnx.block(12, output)
 
 
 def _nodes(llama: TinyLlama, positions: bool, last_only: bool) -> list[bytes]:
     nodes = [
         onnx.node("Cast", ["input_ids"], ["ids"], attributes={"to": 7}),
         onnx.node("Gather", ["embed", "ids"], ["x0"], attributes={"axis": 0}),
-        onnx.node("Shape", ["past_key_values.0.key"], ["before"], attributes={"start": 2, "end": 3}),
+        onnx.node("Shape", ["used.0.key"], ["before"], attributes={"start": 2, "end": 3}),
         onnx.node("Shape", ["ids"], ["new"], attributes={"start": 1, "end": 2}),
         onnx.node("Add", ["before", "new"], ["total"]),
         onnx.node("Squeeze", ["total"], ["total0"]),
@@ -170,7 +205,7 @@ def _layer(llama: TinyLlama, i: int) -> list[bytes]:
     for part, new in (("key", f"k{i}r"), ("value", f"v{i}")):
         present, every = f"present.{i}.{part}", f"{part}{i}"
         nodes += [
-            onnx.node("Concat", [f"past_key_values.{i}.{part}", new], [present], attributes={"axis": 2}),
+            onnx.node("Concat", [f"used.{i}.{part}", new], [present], attributes={"axis": 2}),
             onnx.node("Unsqueeze", [present, "axis2"], [f"{every}5"]),
             onnx.node("Tile", [f"{every}5", "group"], [f"{every}t"]),
             onnx.node("Reshape", [f"{every}t", "query_heads"], [every], attributes={"allowzero": 0}),
