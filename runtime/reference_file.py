@@ -144,7 +144,10 @@ def _read_index(archive: zipfile.ZipFile, path: Path, remedy: str) -> Index:
             f"The reference {path} has schema version {version!r}, but this llama-export reads {SCHEMA_VERSION}; "
             f"{remedy}."
         )
-    index = decode(Index, value, _INDEX)
+    try:
+        index = decode(Index, value, _INDEX)
+    except LlamaExportError as error:
+        raise ValueError(str(error).rstrip(".")) from error
     _refuse(index_problems(index), path, remedy)
     return index
 
@@ -202,10 +205,13 @@ def _mapped(archive: zipfile.ZipFile, path: Path, shape: tuple[int, int]) -> Flo
         found, by_columns, kind = np.lib.format.read_array_header_1_0(file)
         if found != shape or by_columns or kind != np.dtype("<f4"):
             raise ValueError(f"{_FULL} is {kind} {list(found)}, but float32 {list(shape)} is expected")
-        header = file.tell()
+        header, size = file.tell(), 0
         while data := file.read(_STEP):
+            size += len(data)
             if not np.isfinite(np.frombuffer(data, "<f4")).all():
                 raise ValueError(f"{_FULL} holds logits that are not finite")
+    if size != 4 * shape[0] * shape[1]:
+        raise ValueError(f"{_FULL} has another size than its header says")
     with path.open("rb") as whole:
         whole.seek(info.header_offset)
         lengths = _LOCAL.unpack(whole.read(_LOCAL.size))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,6 +78,21 @@ def test_layer_by_layer_both_are_transformers_model(
     assert not found[ORIGINAL].fingerprints  # nothing is compared with them
 
 
+def inside(model: PreTrainedModel, ids: list[int]) -> tuple[list[torch.Tensor], Any]:
+    """What each decoder layer of transformers' model leaves, and the cache."""
+    seen: list[torch.Tensor] = []
+
+    def watch(_module: torch.nn.Module, _inputs: object, state: torch.Tensor) -> None:
+        seen.append(state)
+
+    hooks = [layer.register_forward_hook(watch) for layer in model.model.layers]
+    with torch.no_grad():
+        past = model(torch.tensor([ids]), use_cache=True).past_key_values
+    for hook in hooks:
+        hook.remove()
+    return seen, past
+
+
 @pytest.mark.parametrize("variant", ["grouped", "qwen2-window", "own-head-dim", "yarn"])
 def test_samples_are_hidden_states_and_cache_of_transformers(variant: str) -> None:
     model = llama(**VARIANTS[variant])
@@ -87,12 +103,7 @@ def test_samples_are_hidden_states_and_cache_of_transformers(variant: str) -> No
     for kind, twin in twins.items():
         layers = found[kind].layers
         assert layers is not None
-        seen: list[torch.Tensor] = []
-        hooks = [layer.register_forward_hook(lambda _m, _i, out: seen.append(out)) for layer in twin.model.layers]
-        with torch.no_grad():
-            past = twin(torch.tensor([ids]), use_cache=True).past_key_values
-        for hook in hooks:
-            hook.remove()
+        seen, past = inside(twin, ids)
         for place, layer in enumerate(samples.layers):
             hidden = seen[layer][0, [3, 10]].numpy()[:, layers.hidden_ids]
             assert np.abs(layers.hidden[place, :2] - hidden).max() < 1e-5

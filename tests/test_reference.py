@@ -1,4 +1,4 @@
-"""What PyTorch computes: streamed layer by layer it is transformers' own model, and its record survives no damage."""
+"""What a reference keeps of logits, and its file: the same bytes every time, and no damage that is not told."""
 
 from __future__ import annotations
 
@@ -14,105 +14,27 @@ from typing import Any
 import numpy as np
 import pytest
 from llama_export.errors import LlamaExportError
-from llama_export.export import layerwise
-from llama_export.export.reference import ExactModel
-from llama_export.optimize.plan import plan_formats
-from llama_export.optimize.quantise import stored_values
-from llama_export.progress import Silent
+from llama_export.runtime import reference_file
 from llama_export.runtime.reference import (
+    EXACT,
+    ORIGINAL,
     SAMPLES,
+    SCHEMA_VERSION,
     TOP,
+    Identity,
     Index,
+    Layers,
     Logits,
+    PassingLogits,
     Prompt,
     Reference,
     WeightRecord,
+    chosen_channels,
     compress,
-    fingerprint,
-    load_reference,
     logsumexp,
     sample_ids,
-    save_reference,
 )
-from support.graphs import VARIANTS, llama, logits_of, source_tensors, with_stored_weights
-
-
-class Heard(Silent):
-    def __init__(self) -> None:
-        self.told: list[tuple[int, int]] = []
-
-    def advance(self, done_bytes: int, total_bytes: int) -> None:
-        self.told.append((done_bytes, total_bytes))
-
-
-# PyTorch's side
-
-
-CASES = [(variant, precision) for variant in VARIANTS for precision in ("fp32", "int4")]
-
-
-@pytest.mark.parametrize(("variant", "precision"), [*CASES, ("grouped", "fp16"), ("untied", "int8")])
-def test_layer_by_layer_it_is_transformers_model(variant: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layerwise, "_STEP", 10_000)  # so that these small matrices come in several parts too
-    model = llama(**VARIANTS[variant])
-    tensors = source_tensors(model)
-    formats = plan_formats(tensors, precision)
-    generator = np.random.default_rng(1)
-    sequences = [generator.integers(0, model.config.vocab_size, length).tolist() for length in (17, 1, 33)]
-    streamed = ExactModel(model.config, tensors, formats, np.float32, 64)
-    found = streamed.logits(sequences, Silent())
-    twin = with_stored_weights(model, tensors, formats)
-    for ids, logits in zip(sequences, found, strict=True):
-        expected = logits_of(twin, np.array([ids]))[0]
-        assert logits.shape == expected.shape
-        assert expected.std() > 0.1  # a degenerate model would prove nothing
-        assert np.abs(logits - expected).max() < 1e-5
-    assert streamed.fingerprints.keys() == tensors.keys()
-
-
-def test_scales_are_those_that_survive_in_float16() -> None:
-    model = llama()
-    tensors = source_tensors(model)
-    formats = plan_formats(tensors, "int4")
-    found = {dtype: ExactModel(model.config, tensors, formats, dtype, 64) for dtype in ("float16", "float32")}
-    logits = {dtype: one.logits([[3, 5, 7]], Silent())[0] for dtype, one in found.items()}
-    assert 0 < np.abs(logits["float16"] - logits["float32"]).max() < 0.1
-    name = "model.layers.1.mlp.up_proj.weight"
-    rows = stored_values(tensors[name], formats[name], 0, tensors[name].shape[0], np.float16)
-    assert found["float16"].fingerprints[name] == fingerprint(iter([rows]))
-    assert found["float32"].fingerprints[name] != fingerprint(iter([rows]))
-
-
-def test_the_model_given_is_left_as_it_is() -> None:
-    model = llama()
-    model.config._attn_implementation = "eager"
-    before = model.config.to_dict()
-    tensors = source_tensors(model)
-    ExactModel(model.config, tensors, plan_formats(tensors, "fp32"), np.float32, 64).logits([[1, 2]], Silent())
-    assert model.config.to_dict() == before
-    assert model.config._attn_implementation == "eager"
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_progress_grows_to_the_whole(tied: bool) -> None:
-    model, heard = llama(tie_word_embeddings=tied), Heard()
-    tensors = source_tensors(model)
-    ExactModel(model.config, tensors, plan_formats(tensors, "fp16"), np.float32, 64).logits([[1, 2]], heard)
-    done = [one for one, _ in heard.told]
-    assert done == sorted(done)
-    assert heard.told[-1] == (done[-1], done[-1]) == (sum(math.prod(one.shape) for one in tensors.values()) * 4,) * 2
-
-
-def test_a_fingerprint_is_of_the_values_however_they_are_cut() -> None:
-    rows = np.random.default_rng(0).standard_normal((7, 5)).astype(np.float32)
-    whole = fingerprint(iter([rows]))
-    parts = fingerprint(iter([rows[:2], rows[2:3], rows[3:]]))
-    assert parts[0] == whole[0]
-    assert parts[1] == pytest.approx(whole[1]) == pytest.approx(float(np.linalg.norm(rows)))
-    for changed in (rows * np.float32(1 + 2**-23), -rows, rows[::-1]):
-        assert fingerprint(iter([changed]))[0] != whole[0]
-    assert math.isnan(fingerprint(iter([rows * np.float32(np.nan)]))[1])
-
+from llama_export.runtime.reference_file import load, load_index, load_of_bundle, save
 
 # What is kept of the logits
 
@@ -128,9 +50,29 @@ def test_compress_keeps_the_top_the_sum_and_a_sample(vocab: int) -> None:
     assert (kept.sampled == logits[:, kept.sample_ids]).all()
     direct = np.log(np.exp(logits.astype(np.float64)).sum(axis=1))
     assert kept.logsumexp == pytest.approx(direct, abs=1e-9)
-    again = compress(logits.copy())
-    for field in dataclasses.fields(Logits):
-        assert (getattr(kept, field.name) == getattr(again, field.name)).all()
+
+
+@pytest.mark.parametrize("vocab", [1, 63, 64, 65, 997])
+@pytest.mark.parametrize("step", [1, 7, 64, 500, 2000])
+def test_parts_of_the_vocabulary_give_what_the_whole_does(vocab: int, step: int) -> None:
+    """With many ties, also across parts: of equal logits the first tokens are kept, in order."""
+    logits = np.random.default_rng(vocab).integers(-3, 4, (6, vocab)).astype(np.float32)
+    passing = PassingLogits(6, vocab)
+    for start in range(0, vocab, step):
+        passing.add(start, logits[:, start : start + step])
+    found = passing.value
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :TOP]
+    assert (found.top_ids == order).all()
+    assert (found.top_logits == np.take_along_axis(logits, order, axis=1)).all()
+    assert (found.sampled == logits[:, found.sample_ids]).all()
+    assert found.logsumexp == pytest.approx(logsumexp(logits), abs=1e-12)
+
+
+def test_logits_that_are_not_finite_show() -> None:
+    logits = np.zeros((3, 300), np.float32)
+    logits[1, 299], logits[2, 7] = np.nan, np.inf
+    kept = compress(logits)
+    assert np.isfinite(kept.logsumexp).tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("vocab", [1, 63, 256, 257, 128256])
@@ -150,69 +92,156 @@ def test_logsumexp_neither_overflows_nor_drowns() -> None:
 
 def test_rows_and_joined_are_inverse() -> None:
     kept = compress(np.random.default_rng(0).standard_normal((6, 300)).astype(np.float32))
-    joined = Logits.joined([kept.rows(0, 2), kept.rows(2, 2), kept.rows(2, 6)])
-    for field in dataclasses.fields(Logits):
-        assert (getattr(joined, field.name) == getattr(kept, field.name)).all()
+    same(Logits.joined([kept.rows(0, 2), kept.rows(2, 2), kept.rows(2, 6)]), kept)
 
 
-# The files
+def same(found: Any, expected: Any) -> None:
+    """Both have the same arrays."""
+    for field in dataclasses.fields(expected):
+        one, other = getattr(found, field.name), getattr(expected, field.name)
+        assert (one is None) == (other is None), field.name
+        assert one is None or (one.dtype == other.dtype and np.array_equal(one, other)), field.name
 
 
-def small_reference(**changes: Any) -> Reference:
-    logits = np.random.default_rng(0).standard_normal((6, 70)).astype(np.float32)
+# The file
+
+VOCAB = 70
+IDENTITY = Identity("a" * 64, "b" * 64, 3, 40, 4, 2, 24, VOCAB)
+
+
+def small_reference(*, full: bool = False, layers: tuple[int, ...] = (0, 2), **changes: Any) -> Reference:
+    random = np.random.default_rng(0)
+    logits = random.standard_normal((7, VOCAB)).astype(np.float32)
+    best = logits.argmax(axis=1).tolist()
     weight = WeightRecord("w", "int4", (3, 40), 0, {"codes": "w.codes", "scales": "w.scales"}, "0" * 64, 1.5)
-    prompts = (Prompt("a", "text", (1, 2, 3), 2, 1), Prompt("b", "téxt 🙂", (4, 5, 69), 2, 0))
-    index = Index(1, "org/tiny", None, 70, prompts, (weight,), (), {"torch": "2.13.0"})
-    return Reference(dataclasses.replace(index, **changes), compress(logits))
+    prompts = (
+        Prompt("a", "text", (1, 2, best[1], best[2]), 2, 2),
+        Prompt("b", "téxt 🙂", (4, 5, best[5]), 2, 1),
+    )
+    index = Index(
+        SCHEMA_VERSION,
+        EXACT,
+        "org/tiny",
+        None,
+        "BF16",
+        "int4",
+        None,
+        IDENTITY,
+        prompts,
+        (weight,),
+        (),
+        layers,
+        full,
+        {"torch": "2.13.0"},
+    )
+    hidden, cache = chosen_channels(IDENTITY)
+
+    def samples(channels: Any) -> Any:
+        return random.standard_normal((len(layers), 4, len(channels))).astype(np.float32)
+
+    inside = Layers(hidden, cache, samples(hidden), samples(cache), samples(cache)) if layers else None
+    kept = dataclasses.replace(compress(logits), full=logits if full else None)
+    return Reference(dataclasses.replace(index, **changes), kept, inside)
 
 
 def saved(folder: Path, reference: Reference | None = None) -> Path:
-    save_reference(reference or small_reference(), folder)
-    return folder / "reference"
+    path = folder / "new" / "tiny.npz"
+    save(reference or small_reference(), path)
+    assert [one.name for one in path.parent.iterdir()] == ["tiny.npz"]
+    return path
 
 
-def test_round_trip(tmp_path: Path) -> None:
-    reference = small_reference()
-    saved(tmp_path, reference)
-    loaded = load_reference(tmp_path)
-    assert loaded.index == reference.index
-    for field in dataclasses.fields(Logits):
-        assert (getattr(loaded.logits, field.name) == getattr(reference.logits, field.name)).all()
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("layers", [(), (1,), (0, 1, 2)])
+def test_round_trip(full: bool, layers: tuple[int, ...], tmp_path: Path) -> None:
+    reference = small_reference(full=full, layers=layers)
+    path = saved(tmp_path, reference)
+    found = load(path)
+    assert found.index == load_index(path) == reference.index
+    same(found.logits, reference.logits)
+    assert (found.layers is None) == (not layers)
+    if found.layers is not None:
+        same(found.layers, reference.layers)
+    assert isinstance(found.logits.full, np.memmap) is full
 
 
 def test_the_same_reference_is_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
-    one = saved(tmp_path / "one")
+    one = saved(tmp_path / "one", small_reference(full=True))
     monkeypatch.setattr("time.time", lambda: 2e9)
-    two = saved(tmp_path / "two")
-    for name in ("reference.json", "logits.npz"):
-        assert (one / name).read_bytes() == (two / name).read_bytes()
+    two = saved(tmp_path / "two", small_reference(full=True))
+    assert one.read_bytes() == two.read_bytes()
 
 
-def changed_json(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    path = folder / "reference.json"
-    value = json.loads(path.read_bytes())
-    change(value)
-    path.write_text(json.dumps(value))
+def test_numbers_lie_in_planes_of_bytes(tmp_path: Path) -> None:
+    """As docs/bundle.md says, by NumPy alone."""
+    reference = small_reference()
+    with np.load(saved(tmp_path, reference), allow_pickle=False) as arrays:
+        planes = arrays["top_logits"]
+        assert planes.dtype == np.uint8
+        assert planes.shape == (4, 7, TOP)
+        assert (np.moveaxis(planes, 0, -1).copy().view("<f4")[..., 0] == reference.logits.top_logits).all()
 
 
-def changed_arrays(folder: Path, **arrays: Any) -> None:
-    path = folder / "logits.npz"
-    with np.load(path) as found:
-        kept = {name: found[name] for name in found.files}
-    kept = {name: value for name, value in {**kept, **arrays}.items() if value is not None}
-    np.savez_compressed(path, **kept)
+def test_a_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path)
+    before = path.read_bytes()
+    monkeypatch.setattr(reference_file, "_planes", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save(small_reference(full=True), path)
+    assert path.read_bytes() == before
+    assert [one.name for one in path.parent.iterdir()] == ["tiny.npz"]
 
 
-def with_member(folder: Path, name: str, content: bytes) -> None:
-    """The archive with another content of one member."""
-    path = folder / "logits.npz"
+def members(path: Path) -> dict[str, bytes]:
     with zipfile.ZipFile(path) as archive:
-        members = {one: archive.read(one) for one in archive.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for one, data in {**members, name: content}.items():
-            archive.writestr(one, data)
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def rewrite(path: Path, content: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> None:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+
+
+def member(name: str, content: bytes | None) -> Callable[[Path], object]:
+    """Another content of one file in the archive, None for none."""
+
+    def change(path: Path) -> None:
+        kept = {**members(path), name: content}
+        rewrite(path, {one: data for one, data in kept.items() if data is not None})
+
+    return change
+
+
+def index(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    def changed(path: Path) -> None:
+        value = json.loads(members(path)["reference.json"])
+        change(value)
+        member("reference.json", json.dumps(value).encode())(path)
+
+    return changed
+
+
+def array(name: str, change: Callable[[Any], Any]) -> Callable[[Path], object]:
+    """Another array, as `save` would write it."""
+
+    def changed(path: Path) -> None:
+        found = load(path)
+        of = found.logits if hasattr(found.logits, name) else found.layers
+        made = change(getattr(of, name).copy())
+        of = dataclasses.replace(of, **{name: made})  # type: ignore[type-var]
+        logits, layers = (of, found.layers) if isinstance(of, Logits) else (found.logits, of)
+        save(Reference(found.index, logits, layers), path)  # type: ignore[arg-type]
+
+    return changed
+
+
+def put(at: Any, value: float) -> Callable[[Any], Any]:
+    def change(found: Any) -> Any:
+        found[at] = value
+        return found
+
+    return change
 
 
 def npy_header(description: str) -> bytes:
@@ -220,98 +249,115 @@ def npy_header(description: str) -> bytes:
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
 
 
-HUGE = "{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776, 64)}"
+HUGE = npy_header("{'descr': '|u1', 'fortran_order': False, 'shape': (4, 1099511627776, 64)}")
+SEVEN = npy_header("{'descr': '|u1', 'fortran_order': False, 'shape': (8, 7)}")
+FULL = npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (7, 70)}")
 
-SIX = "{'descr': '<f8', 'fortran_order': False, 'shape': (6,)}"
+
+def prompt(number: int, **changes: Any) -> Callable[[Path], object]:
+    return index(lambda v: v["prompts"][number].update(changes))
+
+
+def weight(**changes: Any) -> Callable[[Path], object]:
+    return index(lambda v: v["weights"][0].update(changes))
+
+
+def sized(**changes: Any) -> Callable[[Path], object]:
+    return index(lambda v: v["identity"].update(changes))
+
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no files": (shutil.rmtree, "has no reference to compare with, it was built with --no-reference"),
-    "no logits": (lambda at: (at / "logits.npz").unlink(), "damaged"),
-    "a folder for logits": (lambda at: ((at / "logits.npz").unlink(), (at / "logits.npz").mkdir()), "damaged"),
-    "no JSON": (lambda at: (at / "reference.json").write_text("{"), "damaged"),
-    "a list": (lambda at: (at / "reference.json").write_text("[]"), "damaged"),
-    "no UTF-8": (lambda at: (at / "reference.json").write_bytes(b'{"\xff": 1}'), "damaged"),
-    "too deep": (lambda at: (at / "reference.json").write_text("[" * 100_000), "damaged"),
-    "newer": (lambda at: changed_json(at, lambda v: v.update(schema_version=2)), "schema version 2, but .* reads 1"),
-    "no version": (lambda at: changed_json(at, lambda v: v.pop("schema_version")), "schema version None"),
-    "unknown key": (lambda at: changed_json(at, lambda v: v.update(x=1)), "unknown key 'x'"),
-    "a missing key": (lambda at: changed_json(at, lambda v: v.pop("vocab")), "lacks the key 'vocab'"),
-    "another type": (lambda at: changed_json(at, lambda v: v.update(vocab="70")), "vocab must be an integer"),
-    "no vocabulary": (lambda at: changed_json(at, lambda v: v.update(vocab=0)), "out of range|is expected"),
-    "a negative one": (lambda at: changed_json(at, lambda v: v.update(vocab=-5)), "out of range|is expected"),
-    "a larger one": (lambda at: changed_json(at, lambda v: v.update(vocab=71)), "is expected"),
-    "no prompts": (lambda at: changed_json(at, lambda v: v.update(prompts=[])), "no prompts of one length"),
-    "no weights": (lambda at: changed_json(at, lambda v: v.update(weights=[])), "no weights"),
-    "a token too many": (
-        lambda at: changed_json(at, lambda v: [one["ids"].append(1) for one in v["prompts"]]),
-        "is expected",
-    ),
-    "a token out of range": (
-        lambda at: changed_json(at, lambda v: v["prompts"][1].update(ids=[4, 5, 70])),
-        "a prompt 'b' out of range",
-    ),
-    "a prompt without tokens": (
-        lambda at: changed_json(at, lambda v: [one.update(prompt_tokens=0) for one in v["prompts"]]),
-        "out of range",
-    ),
-    "a prompt beyond its text": (
-        lambda at: changed_json(at, lambda v: [one.update(prompt_tokens=4) for one in v["prompts"]]),
-        "out of range",
-    ),
-    "prompts of two lengths": (
-        lambda at: changed_json(at, lambda v: v["prompts"][0].update(prompt_tokens=1)),
-        "no prompts of one length",
-    ),
-    "a weight without rows": (
-        lambda at: changed_json(at, lambda v: v["weights"][0].update(shape=[])),
-        "a weight 'w' of an impossible shape",
-    ),
-    "a weight without columns": (
-        lambda at: changed_json(at, lambda v: v["weights"][0].update(shape=[3, 0])),
-        "a weight 'w' of an impossible shape",
-    ),
-    "an array gone": (lambda at: changed_arrays(at, logsumexp=None), "damaged"),
-    "other precision": (lambda at: changed_arrays(at, logsumexp=np.zeros(6, np.float32)), "is expected"),
-    "other shape": (lambda at: changed_arrays(at, sampled=np.zeros((6, 69), np.float32)), "is expected"),
-    "ids out of range": (
-        lambda at: changed_arrays(at, top_ids=np.full((6, 64), 70, np.int32)),
-        "tokens outside of the vocabulary",
-    ),
-    "negative ids": (
-        lambda at: changed_arrays(at, sample_ids=np.full(70, -1, np.int32)),
-        "tokens outside of the vocabulary",
-    ),
-    "a pickle": (lambda at: changed_arrays(at, logsumexp=np.array([print] * 6, object)), "is expected|damaged"),
-    "not finite": (lambda at: changed_arrays(at, logsumexp=np.full(6, np.nan)), "not finite"),
-    "a huge array": (lambda at: with_member(at, "top_logits.npy", npy_header(HUGE)), "is expected"),
-    "a bomb": (
-        lambda at: with_member(at, "logsumexp.npy", npy_header(SIX) + bytes(100 << 20)),
-        "another size than its header says",
-    ),
-    "code for a header": (
-        lambda at: with_member(at, "logsumexp.npy", npy_header("__import__('os').abort()")),
-        "damaged",
-    ),
-    "more than it says": (
-        lambda at: with_member(at, "logsumexp.npy", npy_header(SIX) + bytes(49)),
-        "another size than its header says",
-    ),
-    "an endless index": (
-        lambda at: (at / "reference.json").open("r+b").truncate(65 << 20),
-        "larger than any reference",
-    ),
-    "endless logits": (lambda at: (at / "logits.npz").open("r+b").truncate(65 << 20), "larger than any reference"),
+    "no file": (lambda at: at.unlink(), "There is no reference"),
+    "a folder": (lambda at: (at.unlink(), at.mkdir()), "There is no reference"),
+    "no archive": (lambda at: at.write_bytes(b"PK"), "damaged"),
+    "empty": (lambda at: at.write_bytes(b""), "damaged"),
+    "no index": (member("reference.json", None), "damaged"),
+    "no JSON": (member("reference.json", b"{"), "damaged"),
+    "a list": (member("reference.json", b"[]"), "schema version None"),
+    "no UTF-8": (member("reference.json", b'{"\xff": 1}'), "damaged"),
+    "too deep": (member("reference.json", b"[" * 100_000), "damaged"),
+    "an endless index": (member("reference.json", b" " * (17 << 20)), "larger than that of any reference"),
+    "an older one": (index(lambda v: v.update(schema_version=1)), "schema version 1, but this llama-export reads 2"),
+    "a newer one": (index(lambda v: v.update(schema_version=3)), "schema version 3, but this llama-export reads 2"),
+    "no version": (index(lambda v: v.pop("schema_version")), "schema version None"),
+    "unknown key": (index(lambda v: v.update(x=1)), "unknown key 'x'"),
+    "a missing key": (index(lambda v: v.pop("kind")), "lacks the key 'kind'"),
+    "another type": (index(lambda v: v.update(full="no")), "full must be true or false"),
+    "another kind": (index(lambda v: v.update(kind="rough")), "a kind 'rough'"),
+    "no prompts": (index(lambda v: v.update(prompts=[])), "no prompts"),
+    "no weights": (index(lambda v: v.update(weights=[])), "no weights"),
+    "no vocabulary": (sized(vocab=0), "a vocabulary of 0"),
+    "a negative one": (sized(vocab=-5), "a vocabulary of -5"),
+    "a larger one": (sized(vocab=71), "is expected"),
+    "more layers than any": (sized(layers=1 << 40), "a number of layers"),
+    "no hidden size": (sized(hidden=0), "a hidden of 0"),
+    "no hash": (sized(model_sha256="x"), "no SHA-256"),
+    "a token too many": (prompt(0, ids=[1, 2, 3, 4, 5]), "is expected"),
+    "a token out of range": (prompt(1, ids=[4, 5, 70]), "a prompt 'b' out of range"),
+    "a prompt without tokens": (prompt(0, prompt_tokens=0), "a prompt 'a' out of range"),
+    "a prompt beyond its text": (prompt(0, prompt_tokens=5), "out of range"),
+    "more proven than there is": (prompt(0, proven=3), "out of range"),
+    "proven, but not so": (index(lambda v: v["prompts"][0]["ids"].__setitem__(2, 0)), "would not choose"),
+    "one name twice": (prompt(1, name="a"), "two prompts of one name"),
+    "a billion tokens": (prompt(1, ids=[1] * (1 << 18), prompt_tokens=1 << 18, proven=0), "more than the"),
+    "a layer that is not there": (index(lambda v: v.update(layers=[0, 3])), "samples of layers"),
+    "a layer twice": (index(lambda v: v.update(layers=[0, 0])), "samples of layers"),
+    "a layer without samples": (index(lambda v: v.update(layers=[0])), "is expected"),
+    "samples without a layer": (index(lambda v: v.update(layers=[])), "damaged"),
+    "a weight without rows": (weight(shape=[]), "a weight 'w' of an impossible shape"),
+    "a weight without columns": (weight(shape=[3, 0]), "a weight 'w' of an impossible shape"),
+    "a norm that is no number": (weight(norm=math.nan), "a weight 'w' out of range"),
+    "an array gone": (member("logsumexp.npy", None), "damaged"),
+    "a stranger": (member("other.npy", b"1"), "damaged"),
+    "other shape": (array("sampled", lambda found: found[:, :-1]), "is expected"),
+    "ids out of range": (array("top_ids", put((0, 5), VOCAB)), "top_ids that name tokens outside"),
+    "negative ids": (array("sample_ids", put(0, -1)), "sample_ids that name tokens outside"),
+    "an id twice": (array("top_ids", lambda found: np.repeat(found[:, :1], TOP, axis=1)), "a token twice"),
+    "NaN": (array("top_logits", put((3, 5), np.nan)), "top_logits that are not finite"),
+    "infinity": (array("logsumexp", put(3, np.inf)), "logsumexp that are not finite"),
+    "NaN in the sample": (array("sampled", put((3, 5), np.nan)), "sampled that are not finite"),
+    "NaN inside": (array("keys", put((1, 2, 5), np.nan)), "samples of keys that are not finite"),
+    "out of order": (array("top_logits", lambda found: found[:, ::-1]), "top_logits that do not fall"),
+    "a sum too small": (array("logsumexp", put(3, -50)), "below its largest part"),
+    "a sum too large": (array("logsumexp", put(3, 50)), "beyond all of its parts"),
+    "channels that are not there": (array("cache_ids", put(-1, 48)), "channels which are not there"),
+    "a huge array": (member("top_logits.npy", HUGE), "is expected"),
+    "a bomb": (member("logsumexp.npy", SEVEN + bytes(100 << 20)), "another size than its header says"),
+    "code for a header": (member("logsumexp.npy", npy_header("__import__('os').abort()")), "damaged"),
+    "too little": (member("logsumexp.npy", SEVEN + bytes(55)), "another size than its header says"),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGE)
 def test_damaged_references_are_told_in_one_sentence(case: str, tmp_path: Path) -> None:
     damage, message = DAMAGE[case]
-    damage(saved(tmp_path))
+    path = saved(tmp_path)
+    damage(path)
     with pytest.raises(LlamaExportError, match=message) as caught:
-        load_reference(tmp_path)
+        load(path)
     assert "\n" not in str(caught.value)
-    assert str(caught.value).endswith(".")
+    assert str(caught.value).endswith("make it again with `llama-export reference`.")
+
+
+FULL_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "deflated": (lambda at: rewrite(at, members(at)), "full is deflated"),
+    "not finite": (array("full", put((6, 69), np.nan)), "not finite"),
+    "other shape": (array("full", lambda found: found[:, 1:]), "is expected"),
+    "cut": (
+        lambda at: rewrite(at, {**members(at), "full.npy": FULL + bytes(7 * 70 * 4 - 4)}, zipfile.ZIP_STORED),
+        "damaged",
+    ),
+    "missing": (member("full.npy", None), "damaged"),
+}
+
+
+@pytest.mark.parametrize("case", FULL_DAMAGE)
+def test_damaged_full_logits_too(case: str, tmp_path: Path) -> None:
+    damage, message = FULL_DAMAGE[case]
+    path = saved(tmp_path, small_reference(full=True))
+    damage(path)
+    with pytest.raises(LlamaExportError, match=message):
+        load(path)
 
 
 def test_no_pickle_is_ever_opened(tmp_path: Path) -> None:
@@ -321,58 +367,80 @@ def test_no_pickle_is_ever_opened(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[Any, ...]:
             return (Path.touch, (tmp_path / "sprung",))
 
-    folder = saved(tmp_path)
-    changed_arrays(folder, logsumexp=np.array([Trap()] * 6, object))
+    path = saved(tmp_path)
+    np.save(tmp_path / "trap.npy", np.array([Trap()] * 7, object), allow_pickle=True)
+    member("logsumexp.npy", (tmp_path / "trap.npy").read_bytes())(path)
     with pytest.raises(LlamaExportError):
-        load_reference(tmp_path)
+        load(path)
     assert not (tmp_path / "sprung").exists()
 
 
-@pytest.mark.parametrize("name", ["reference.json", "logits.npz"])
-def test_truncated_anywhere(name: str, tmp_path: Path) -> None:
-    path = saved(tmp_path) / name
+@pytest.mark.parametrize("full", [False, True])
+def test_truncated_anywhere(full: bool, tmp_path: Path) -> None:
+    path = saved(tmp_path, small_reference(full=full))
     whole = path.read_bytes()
-    end = len(whole) - (1 if name.endswith("json") else 0)  # the line end at the end may go
-    for size in {*range(0, end, max(1, end // 97)), end - 1}:
+    for size in {*range(0, len(whole), len(whole) // 97), len(whole) - 1}:
         path.write_bytes(whole[:size])
         with pytest.raises(LlamaExportError):
-            load_reference(tmp_path)
+            load(path)
 
 
 def test_any_flipped_bit_is_noticed_or_harmless(tmp_path: Path) -> None:
     """The archive has a checksum for every array; what escapes it (a date, a comment) changes nothing."""
-    path = saved(tmp_path) / "logits.npz"
-    whole, intact = path.read_bytes(), load_reference(tmp_path).logits
-    for position in range(0, len(whole), 11):
-        for bit in (0, 6):
-            path.write_bytes(
-                whole[:position] + bytes([whole[position] ^ 1 << bit]) + whole[position + 1 :],
-            )
-            try:
-                found = load_reference(tmp_path).logits
-            except LlamaExportError:
-                continue
-            for field in dataclasses.fields(Logits):
-                assert (getattr(found, field.name) == getattr(intact, field.name)).all()
+    path = saved(tmp_path, small_reference(full=True))
+    whole, intact = path.read_bytes(), small_reference(full=True)
+    for position in range(0, len(whole), 13):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << position % 8]) + whole[position + 1 :])
+        try:
+            found = load(path)
+        except LlamaExportError:
+            continue
+        assert found.index == intact.index
+        same(found.logits, intact.logits)
+        same(found.layers, intact.layers)
 
 
 # Inside of bundles
 
 
-def test_a_built_bundle_holds_it(built: Callable[[str], Path]) -> None:
-    reference = load_reference(built("int4"))
-    index = reference.index
-    assert index.model_id == "llama"
-    assert {"torch", "transformers", "llama-export"} <= index.tools.keys()
-    assert len(index.prompts) >= 4
-    assert len(reference.logits.logsumexp) == sum(len(prompt.ids) for prompt in index.prompts)
-    assert {len(prompt.ids) - prompt.prompt_tokens for prompt in index.prompts} == {32}
-    assert len({prompt.ids for prompt in index.prompts}) == len(index.prompts)
+def test_of_a_bundle_the_remedy_is_to_build_it_again(built: Callable[[str], Path], tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(built("int4"), bundle)
+    (bundle / "reference/exact.npz").write_bytes(b"PK")
+    with pytest.raises(LlamaExportError, match=r"damaged .*; build the bundle again\.$"):
+        load_of_bundle(bundle, EXACT)
+    (bundle / "reference/original.npz").unlink()
+    with pytest.raises(LlamaExportError, match="no original reference to compare with, it was built with --no-refer"):
+        load_of_bundle(bundle, ORIGINAL)
+
+
+def test_a_built_bundle_holds_both(built: Callable[[str], Path]) -> None:
+    exact, original = (load_of_bundle(built("int4"), kind) for kind in (EXACT, ORIGINAL))
+    for one, kind in ((exact, EXACT), (original, ORIGINAL)):
+        assert one.index.kind == kind
+        assert one.index.model_id == "llama"
+        assert {"torch", "transformers", "llama-export"} <= one.index.tools.keys()
+        assert one.index.dtype == "F32"
+        assert one.layers is not None
+    assert exact.index.identity == original.index.identity
+    assert [one.ids for one in exact.index.prompts] == [one.ids for one in original.index.prompts]
+    assert len({one.ids for one in exact.index.prompts}) == len(exact.index.prompts)
+    assert [one.name for one in exact.index.prompts] == [
+        *("short", "prose", "scripts", "code", "repeated", "chat", "long"),
+    ]
+    for one in exact.index.prompts:
+        assert one.proven == len(one.ids) - one.prompt_tokens > 0
+    assert (exact.index.precision, original.index.precision) == ("int4", None)
+    assert exact.index.weights and exact.index.tables
+    assert not original.index.weights
+    assert np.abs(exact.logits.sampled - original.logits.sampled).max() > 1e-3
 
 
 @pytest.mark.smollm2
-def test_smollm2_keeps_it_below_2_mb(smollm2_bundle: Path) -> None:
-    files = list((smollm2_bundle / "reference").iterdir())
-    assert 0 < sum(file.stat().st_size for file in files) < 2_000_000
-    index = load_reference(smollm2_bundle).index
-    assert all(prompt.proven == 32 for prompt in index.prompts)
+def test_smollm2_keeps_it_below_1_mb(smollm2_bundle: Path) -> None:
+    for kind in (EXACT, ORIGINAL):
+        assert 0 < (smollm2_bundle / f"reference/{kind}.npz").stat().st_size < 1_000_000
+        index = load_of_bundle(smollm2_bundle, kind).index
+        assert index.positions > 750
+        assert max(one.prompt_tokens for one in index.prompts) > 512  # beyond one prefill chunk
+    assert all(one.proven == len(one.ids) - one.prompt_tokens for one in index.prompts)  # its own weights are kept
