@@ -150,7 +150,8 @@ def test_whatever_a_bundle_says_is_shown_and_not_obeyed() -> None:
     gate = Gate(EVIL, EVIL, 2, 1, reason=EVIL)
     cases = (Case((gate,), EVIL, EVIL, (0.1, 0.2), moments), Case((gate,)))
     evil = Verdict(EVIL, EVIL, 1, (Check(EVIL, EVIL, cases, (EVIL,), error=EVIL),), 0.0, 1, (EVIL,))
-    plain = Verdict("b", "b", 1, (Check("b", "b", (Case((Gate("b", "b", 2, 1),), "b", "b", (0.1, 0.2)),)),), 0.0, 1, ())
+    harmless = Case((Gate("b", "b", 2, 1, reason="b"),), "b", "b", (0.1, 0.2))
+    plain = Verdict("b", "b", 1, (Check("b", "b", (harmless,)),), 0.0, 1, ())
     page = Page(html_page((evil,)))
     assert {tag for tag, _ in page.found} <= {tag for tag, _ in Page(html_page((plain,))).found} | {"code", "li", "ul"}
     assert "<script>alert(1)</script>" in page.text
@@ -232,6 +233,13 @@ def test_a_way_that_begins_later_is_drawn_where_it_is() -> None:
     words = [text.text for text in svg.iter("text")]
     assert words[-3:] == ["prompt", "continuation", "limit"]
     assert "position" in words and "nats" in words
+
+
+@pytest.mark.parametrize(("own", "words"), [(2, {"continuation"}), (50, {"prompt", "continuation"}), (98, {"prompt"})])
+def test_words_at_the_prompts_end_are_left_out_where_they_do_not_fit(own: int, words: set[str]) -> None:
+    one = Case((), "decode", "code", tuple(1e-3 for _ in range(100)), prompt_tokens=own)
+    (svg,) = drawings(html_page((of(Check("full", "t", (one,))),)))
+    assert {text.text for text in svg.iter("text")} & {"prompt", "continuation"} == words
 
 
 def test_pictures_stay_in_their_frame() -> None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 WIDTH, HEIGHT = 640, 220
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 12, 40
-LEAST = 1e-12
-"""Smaller figures are drawn as this one: float64's own noise in a KL divergence, and 0, which has no logarithm."""
+LEAST = 1e-16
+"""Smaller figures are drawn as this one: float64's own noise, and 0, which has no logarithm."""
 _MOST = 1e4
 _TICKS = 8
 _DOTTED = 40
