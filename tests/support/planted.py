@@ -87,11 +87,13 @@ def late_by_one(bundle: Path) -> None:
     def change(model: onnx.ModelProto) -> None:
         graph = model.graph
         if any(value.name == "position_ids" for value in graph.input):
-            zero, one = (_constant(graph, f"late_{n}", np.array([n], np.int64)) for n in (0, 1))
+            context = next(table.dims[0] for table in graph.initializer if table.name == "cos_cache")
+            zero, one, last = (_constant(graph, f"late_{n}", np.array([n], np.int64)) for n in (0, 1, context - 1))
             nodes = [
                 helper.make_node(GATHER, ["position_ids", zero], ["late/first"], name="late/first", axis=1),
                 helper.make_node("Min", ["late/first", one], ["late/any"], name="late/any"),
-                helper.make_node("Add", ["position_ids", "late/any"], ["late/positions"], name="late/positions"),
+                helper.make_node("Add", ["position_ids", "late/any"], ["late/next"], name="late/next"),
+                helper.make_node("Min", ["late/next", last], ["late/positions"], name="late/positions"),
             ]
             for node in graph.node:
                 if node.op_type == GATHER and node.name.startswith("model.rotary_emb/"):
