@@ -56,22 +56,21 @@ def command(*arguments: str) -> str:
 
 def summary(described: dict[str, Any], verdict: dict[str, Any], answer: dict[str, Any]) -> list[str]:
     """What is worth remembering: the size, the proof, the answer and the speed."""
-    gates = [gate for check in verdict["checks"] for gate in check["gates"]]
     return [
         "",
         "Summary",
         f"  bundle  {described['path']}, {size(described['derived']['bytes'])}",
-        *(f"  parity  {gate_text(gate)}" for gate in gates),
+        *(f"  parity  {check_text(check)}" for run in verdict["runs"] for check in run["checks"]),
         f"  answer  {answer['text'].strip()}",
         f"  speed   {answer['decode_tokens_per_second']:.1f} tokens a second, first token after "
         f"{answer['first_token_seconds']:.2f} s, {answer['load_seconds']:.2f} s to load",
     ]
 
 
-def gate_text(gate: dict[str, Any]) -> str:
-    """One figure of the proof and its limit; null stands for a figure that is infinite."""
-    measured = "infinite" if gate["measured"] is None else f"{gate['measured']:.3g}"
-    return f"{gate['name']}: {measured} ({'at least' if gate['at_least'] else 'at most'} {gate['limit']:.3g})"
+def check_text(check: dict[str, Any]) -> str:
+    """One question of the proof, and how many figures answered it; those of a verdict that passed are within limits."""
+    figures = sum(len(case["gates"]) for case in check["cases"])
+    return f"{check['title']}: {figures} {'figure' if figures == 1 else 'figures'} within limits"
 
 
 if __name__ == "__main__":
