@@ -60,10 +60,10 @@ class Judge:
             self.parts.setdefault((way, piece.text), []).append((piece.start, compared))
 
     def cases(self, read: Read) -> Iterator[Case]:
-        """One for each way and prompt."""
+        """One for each way and prompt; none of ways that no gate is about, which are told in words."""
         for way in self.question.ways:
-            for number in range(len(self.prompts)):
-                yield self._case(way, number, read)
+            if self.question.limits.figures(way):
+                yield from (self._case(way, number, read) for number in range(len(self.prompts)))
 
     def compared(self, way: str) -> Comparison | None:
         """All positions of a way; None where it has not been gone."""

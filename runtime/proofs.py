@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import LlamaExportError, UsageError, did_you_mean
 from .bundle import Bundle, reference_file
 from .reference import EXACT, KINDS, ORIGINAL, Index, Prompt, Reference
-from .reference_file import load, load_of_bundle
+from .reference_file import BUILD_AGAIN, load, load_of_bundle
 from .text import Tokenizer
 from .ways import Text
 
@@ -76,7 +76,7 @@ def proofs_of(bundle: Bundle, files: Sequence[Path] = (), *, any_model: bool = F
     for kind in KINDS:
         for name in names:
             if (kind, name) not in by_place and reference_file(kind, name) in bundle.manifest.files:
-                own = _Given(load_of_bundle(bundle.path, kind, name), None)
+                own = _Given(load(bundle.path / reference_file(kind, name), BUILD_AGAIN), None)
                 _refuse_stranger(bundle, own, any_model=False)
                 by_place[kind, name] = own
     found = [proof for name in names for proof in _proofs(*(by_place.get((kind, name)) for kind in KINDS))]

@@ -47,7 +47,7 @@ class Gate:
         return {
             "figure": self.figure,
             "name": self.name,
-            "measured": self.measured if math.isfinite(self.measured) else None,
+            "measured": _finite(self.measured),
             "limit": self.limit,
             "at_least": self.at_least,
             "passed": self.passed,
@@ -182,6 +182,11 @@ def to_json(verdicts: tuple[Verdict, ...]) -> dict[str, object]:
     }
 
 
+def _finite(value: float | None) -> float | None:
+    """JSON has no other numbers."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def _check_json(check: Check) -> dict[str, object]:
     return {
         "id": check.id,
@@ -198,7 +203,8 @@ def _check_json(check: Check) -> dict[str, object]:
             for case in check.cases
         ],
         "layers": [
-            {"layer": one.layer, "hidden": one.hidden, "keys": one.keys, "values": one.values} for one in check.layers
+            {"layer": one.layer, **{name: _finite(getattr(one, name)) for name in ("hidden", "keys", "values")}}
+            for one in check.layers
         ],
         "details": list(check.details),
     }

@@ -109,9 +109,8 @@ def onnx_files(llama: TinyLlama) -> tuple[bytes, bytes]:
     for name, array in external.items():
         tensors.append(onnx.tensor(name, array, ("model.onnx.data", len(data))))
         data += array.tobytes()
-    constants = {"one": [1], "last": [2**62], "first_axis": [1], "logits_to_keep": [1]}
+    constants = {"one": [1], "last_axis": [-1], "logits_to_keep": [1], "index_zero": 0, "index_one": 1}
     tensors += [onnx.tensor(name, np.array(value, np.int64)) for name, value in constants.items()]
-    tensors.append(onnx.tensor("index_one", np.array(1, np.int64)))
     cache = [f"{layer}.{kind}" for layer in range(llama.layers) for kind in ("key", "value")]
     shape = ["batch", llama.kv_heads, "past", llama.head_dim]
     inputs = [onnx.value_info(name, "int64", ["batch", name]) for name in ("input_ids", "attention_mask")]
@@ -165,10 +164,28 @@ def _nodes(llama: TinyLlama) -> list[bytes]:
     epsilon: dict[str, int | float] = {"axis": -1, "epsilon": 1e-5}
     return [
         *grouped_nodes(llama),
-        onnx.node("Neg", ["logits_to_keep"], ["from_end"]),
-        onnx.node("Slice", [f"x{llama.layers}", "from_end", "last", "first_axis"], ["kept_x"]),
+        *_last_positions(f"x{llama.layers}"),
         onnx.node("SimplifiedLayerNormalization", ["kept_x", "norm"], ["normed"], attributes=epsilon),
         onnx.node("MatMul", ["normed", "head"], ["logits"]),
+    ]
+
+
+def _last_positions(hidden: str) -> list[bytes]:
+    """`kept_x`: of each row of `hidden`, the last `logits_to_keep` positions that are no padding, none below 0."""
+    return [
+        onnx.node("Shape", ["input_ids"], ["ids_shape"]),
+        onnx.node("Gather", ["ids_shape", "index_one"], ["sequence"], attributes={"axis": 0}),
+        onnx.node("Sub", ["total", "sequence"], ["before"]),
+        onnx.node("Sub", ["valid", "before"], ["valid_new"]),
+        onnx.node("Max", ["valid_new", "index_one"], ["at_least_one"]),
+        onnx.node("Min", ["at_least_one", "sequence"], ["stop"]),
+        onnx.node("Sub", ["stop", "logits_to_keep"], ["start"]),
+        onnx.node("Squeeze", ["logits_to_keep"], ["keep"]),
+        onnx.node("Range", ["index_zero", "keep", "index_one"], ["steps"]),
+        onnx.node("Add", ["start", "steps"], ["places"]),
+        onnx.node("Max", ["places", "index_zero"], ["kept_places"]),
+        onnx.node("Unsqueeze", ["kept_places", "last_axis"], ["kept_index"]),
+        onnx.node("GatherND", [hidden, "kept_index"], ["kept_x"], attributes={"batch_dims": 1}),
     ]
 
 
