@@ -17,12 +17,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_export.build_options import BuildOptions
 from llama_export.errors import LlamaExportError
+from llama_export.export.source import open_source
 from llama_export.pipeline import build
 from llama_export.progress import Silent
 from llama_export.referencing import ReferenceOptions, make_reference
@@ -164,7 +165,8 @@ def _worst(gates: Sequence[Gate]) -> Iterator[Gate]:
 
 
 def rows_of(model: Path, asked: Asked) -> Iterator[Row]:
-    """Every combination that was asked for, each as soon as it is measured."""
+    """Every combination that was asked for, each as soon as it is measured; no longer texts than the model knows."""
+    asked = replace(asked, context=min(asked.context, open_source(str(model)).shape.max_positions))
     with tempfile.TemporaryDirectory(prefix="parity-") as scratch:
         for dialect, precision in asked.combinations():
             if dialect == CANONICAL:
