@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from llama_export.runtime.bundle import Bundle, open_bundle
-from llama_export.runtime.reference import WeightRecord, load_index
+from llama_export.runtime.reference import EXACT, WeightRecord
+from llama_export.runtime.reference_file import load_index_of_bundle
 from llama_export.runtime.session import read_graph, weight_places
 from llama_export.runtime.weights import compare_weights
 from support import faults
@@ -40,7 +41,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def differing(bundle: Bundle) -> set[str]:
-    index = load_index(bundle.path)
+    index = load_index_of_bundle(bundle.path, EXACT)
     found = compare_weights(bundle, (*index.weights, *index.tables), lambda done, total: None, threads=2)
     return {difference.name for difference in found}
 
@@ -70,7 +71,7 @@ def test_a_wrong_bit_is_found(
     kind: str, tensor: str, format: str, role: str, bit: int, bundles: Callable[[str], Path], tmp_path: Path
 ) -> None:
     copy = open_bundle(faults.copy_of(bundles(kind), tmp_path / "copy", changed=faults.DATA))
-    index = load_index(copy.path)
+    index = load_index_of_bundle(copy.path, EXACT)
     record = next(one for one in index.weights if one.name == tensor)
     assert record.format == format
     assert differing(copy) == set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,17 +12,19 @@ import numpy as np
 import pytest
 from llama_export.errors import LlamaExportError, UsageError
 from llama_export.progress import Silent
-from llama_export.runtime import choice, load
+from llama_export.runtime import choice, load, questions
 from llama_export.runtime import verify as verification
 from llama_export.runtime.bundle import Bundle
 from llama_export.runtime.choice import choose_backend, open_backend
+from llama_export.runtime.gates import limits_of
 from llama_export.runtime.generate import GenerationOptions
 from llama_export.runtime.onnx_nodes import Node, read_nodes, with_nodes
 from llama_export.runtime.ort_executors import BucketExecutor, onnxruntime_executor
 from llama_export.runtime.requirements import parse_version
 from llama_export.runtime.session import LEAST
 from llama_export.runtime.verdict import Verdict
-from llama_export.runtime.verify import ENGINE_LIMITS, ROUNDED_LIMITS, verify
+from llama_export.runtime.verify import planned, verify
+from llama_export.runtime.ways import BATCH
 from support.tiny_bundle import random_llama, write_bundle
 from support.tiny_tensorrt import PRIMITIVE, STATIC, write_tensorrt_bundle
 
@@ -54,19 +57,20 @@ def verdict_of(bundle: Bundle, **settings: Any) -> Verdict:
 
 
 def failed(verdict: Verdict) -> set[str]:
-    return {gate.name for check in verdict.checks for gate in check.gates if not gate.passed}
+    return {
+        f"{check.id} {gate.figure}"
+        for check in verdict.checks
+        for case in check.cases
+        for gate in case.gates
+        if not gate.passed
+    }
 
 
 def test_a_bundle_passes_and_says_what_computed_it(bundle: Bundle) -> None:
     verdict = verdict_of(bundle)
     assert verdict.passed
     assert verdict.backend == f"onnxruntime {onnxruntime.__version__} cpu"
-    titles = [check.title for check in verdict.checks]
-    assert [title.partition(",")[0] for title in titles] == [
-        "Stored weights",
-        "Full-precision kernels against PyTorch on the same stored weights",
-        "Shipped kernels",
-    ]
+    assert [check.id for check in verdict.checks] == ["weights", "full", "shipped", "cost"]
     assert verdict.notes == (f"ONNX Runtime computes on the CPU: {MISSING}",)
 
 
@@ -96,7 +100,7 @@ def test_what_runs_the_graph_wrongly_is_found(bundle: Bundle, fault: str, monkey
     monkeypatch.setattr(choice, "onnxruntime_executor", changed_run(FAULTS[fault]))
     found = failed(verdict_of(bundle))
     assert found
-    assert found <= {"mean KL divergence", "share of positions that agree on a likely token"}
+    assert {name.partition(" ")[0] for name in found} <= {"shipped", "cost"}
 
 
 def test_a_cache_that_is_written_a_row_too_early_is_found(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +115,7 @@ def test_a_cache_that_is_written_a_row_too_early_is_found(bundle: Bundle, monkey
         return logits
 
     monkeypatch.setattr(BucketExecutor, "run", early)
-    assert "largest difference of a logit" in failed(verdict_of(bundle))
+    assert "full difference" in failed(verdict_of(bundle))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +131,7 @@ def test_another_operator_in_the_graph_is_found(bundle: Bundle, right: str, wron
     copy = write_tensorrt_bundle(
         tmp_path, bundle.manifest.dialect, LLAMA, dtype="float16", reference=True, extra=changed
     )
-    assert "largest difference of a logit" in failed(verdict_of(copy))
+    assert "full difference" in failed(verdict_of(copy))
 
 
 def test_a_changed_weight_is_found(bundle: Bundle, tmp_path: Path) -> None:
@@ -141,7 +145,7 @@ def test_a_changed_weight_is_found(bundle: Bundle, tmp_path: Path) -> None:
         reference=True,
         extra={"model.onnx.data": bytes(data)},
     )
-    assert "tensors that differ from PyTorch's" in failed(verdict_of(copy))
+    assert "weights different" in failed(verdict_of(copy))
 
 
 # What computes
@@ -211,13 +215,15 @@ def test_an_engine_is_used_where_there_is_one(bundle: Bundle, monkeypatch: pytes
     verdict = verdict_of(bundle)
     assert verdict.passed
     assert verdict.backend == "tensorrt 10.16.2 Test GPU"
-    assert verdict.checks[-1].title == "Engine on tensorrt 10.16.2 Test GPU, against the full-precision kernels"
-    assert [gate.limit for gate in verdict.checks[-1].gates] == [ENGINE_LIMITS.kl, ENGINE_LIMITS.agreement]
+    check = next(check for check in verdict.checks if check.id == "engine")
+    assert check.title == "Engine of tensorrt 10.16.2, against the full-precision kernels"
+    limits = limits_of("engine", "float16").limits
+    assert all(gate.limit == limits[gate.figure] for case in check.cases for gate in case.gates)
 
 
 def test_an_engine_that_computes_something_else_fails(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     Engine(monkeypatch, bundle, noise=0.5)
-    assert "mean KL divergence" in failed(verdict_of(bundle))
+    assert "engine mean_kl" in failed(verdict_of(bundle))
 
 
 def test_an_engine_that_does_not_load_is_replaced_unless_it_was_asked_for(
@@ -238,13 +244,36 @@ def test_a_device_without_onnxruntime_compares_its_engine_with_pytorch(
     def missing(*_: Any) -> Any:
         raise LlamaExportError("ONNX Runtime cannot be imported; install it.")
 
-    monkeypatch.setattr(verification, "import_onnxruntime", missing)
+    monkeypatch.setattr(questions, "import_onnxruntime", missing)
     verdict = verdict_of(bundle)
     assert verdict.passed
-    titles = [check.title.partition(",")[0] for check in verdict.checks]
-    assert titles == ["Stored weights", "Engine on tensorrt 10.16.2 Test GPU"]
-    assert verdict.checks[-1].title.endswith("against PyTorch on the same stored weights")
-    assert verdict.checks[-1].details[-1] == "ONNX Runtime cannot be imported; install it."
+    assert [check.id for check in verdict.checks] == ["weights", "engine", "cost"]
+    assert verdict.checks[1].title.endswith("against PyTorch on the same stored weights")
+    assert verdict.checks[1].details[-1] == "ONNX Runtime cannot be imported; install it."
+
+
+def test_an_engine_for_several_texts_is_asked_for_them_together(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = 3
+    limits = replace(bundle.manifest.limits, batch=rows)
+    batched = replace(bundle, manifest=replace(bundle.manifest, limits=limits))
+    Engine(monkeypatch, batched)
+    monkeypatch.setattr(
+        verification, "open_rows", lambda own, _, count: onnxruntime_executor(own, rows=count, threads=1)
+    )
+    verdict = verdict_of(batched)
+    assert verdict.passed
+    check = next(check for check in verdict.checks if check.id == "engine")
+    assert BATCH in {case.way for case in check.cases}
+    asked = [
+        (check.id, case.way, case.prompt, gate.figure)
+        for check in verdict.checks
+        for case in check.cases
+        for gate in case.gates
+    ]
+    told = planned(batched, check_hashes=False)
+    assert [(gate.check, gate.way, gate.prompt, gate.figure) for gate in told] == asked
 
 
 def test_a_device_with_neither_says_both(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,5 +294,6 @@ def test_a_capacity_below_the_context(bundle: Bundle) -> None:
 
 
 def test_the_limits_are_decisions() -> None:
-    assert (ENGINE_LIMITS.kl, ENGINE_LIMITS.agreement) == (0.01, 0.95)
-    assert (ROUNDED_LIMITS.kl, ROUNDED_LIMITS.agreement) == (0.25, 0.8)
+    engine, rounded = limits_of("engine", "float16").limits, limits_of("engine", "rounded").limits
+    assert (engine["mean_kl"], engine["agreement"]) == (0.01, 0.95)
+    assert (rounded["mean_kl"], rounded["agreement"]) == (0.25, 0.8)
