@@ -22,6 +22,8 @@ _ROUNDINGS: Mapping[str, float] = {
 """Units that a few operations one after another may be off by."""
 _MOST = 16
 """Of all others, beside the sums that they make."""
+_PARTS = 4
+"""Times the magnitudes of a product that its parts may have."""
 _CUMULATIVE = 64
 """For each layer passed, relative to the largest number."""
 
@@ -29,9 +31,11 @@ _CUMULATIVE = 64
 def local_limit(result: Result, dtype: str) -> float:
     """Of `local_figure`. dtype: of the graph's activations; sums are made in float32 in any case.
 
-    A sum of n numbers in another order is off by about sqrt(n) units (Higham, Accuracy and Stability, 4.2).
+    A sum of n numbers in another order is off by about sqrt(n) units (Higham, Accuracy and Stability, 4.2). Weights
+    with offsets are multiplied in two parts whose magnitudes are a few times theirs.
     """
-    return _ROUNDINGS.get(result.place, _MOST) * UNIT[dtype] + math.sqrt(result.terms) * UNIT["float32"]
+    sums = math.sqrt(result.terms) * (1 if result.place in at.NORMS else _PARTS)
+    return _ROUNDINGS.get(result.place, _MOST) * UNIT[dtype] + sums * UNIT["float32"]
 
 
 def local_figure(result: Result, dtype: str) -> float:

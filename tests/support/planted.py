@@ -103,7 +103,9 @@ def late_by_one(bundle: Path) -> None:
         # seqlens_k one too small where it is not the length of what comes in: the newest key overwrites the one before
         width = helper.make_node("Shape", ["input_ids"], ["late/shape"], name="late/shape", start=1, end=2)
         one = _constant(graph, "late_1", np.array([1], np.int64))
-        total = helper.make_node("ReduceSum", ["attention_mask", "late_axis"], ["late/total"], name="late/t", keepdims=0)
+        total = helper.make_node(
+            "ReduceSum", ["attention_mask", "late_axis"], ["late/total"], name="late/t", keepdims=0
+        )
         _constant(graph, "late_axis", np.array([1], np.int64))
         past = helper.make_node("Sub", ["late/total", "late/shape"], ["late/past"], name="late/past")
         some = helper.make_node("Min", ["late/past", one], ["late/some"], name="late/some")
