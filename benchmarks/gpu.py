@@ -35,6 +35,7 @@ from llama_export.errors import LlamaExportError
 from llama_export.pipeline import build
 from llama_export.progress import Silent
 from llama_export.runtime import open_bundle
+from llama_export.runtime.reports.table import lines as table_lines
 from llama_export.runtime.verify import verify
 
 if TYPE_CHECKING or __package__:  # a script, and importable for its tests
@@ -107,7 +108,7 @@ def bundle_of(model: Path, precision: str, work: Path, plan: Plan, *, reference:
 def verdict(folder: Path) -> dict[str, Any]:
     """What `llama-export verify` finds."""
     found = verify(open_bundle(folder), check_hashes=False, threads=None, progress=Silent())
-    return {"passed": found.passed, "backend": found.backend, "seconds": found.seconds, "lines": found.lines()}
+    return {"passed": found.passed, "backend": found.backend, "seconds": found.seconds, "lines": table_lines([found])}
 
 
 def agreement(engine: Engine, expected: Any) -> dict[str, float]:

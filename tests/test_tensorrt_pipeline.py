@@ -20,6 +20,7 @@ from llama_export.progress import Silent
 from llama_export.runtime import load
 from llama_export.runtime.bundle import open_bundle
 from llama_export.runtime.recipe import read_recipe
+from llama_export.runtime.reports.table import lines
 from llama_export.runtime.verify import verify
 from safetensors.numpy import load_file
 from support.command import call
@@ -49,9 +50,9 @@ def proven(path: Path) -> Any:
     """The bundle, after `verify` has passed on the CPU."""
     bundle = open_bundle(path)
     verdict = verify(bundle, check_hashes=True, threads=2, progress=Silent())
-    assert verdict.passed, "\n".join(verdict.lines())
+    assert verdict.passed, verdict.failed
     assert verdict.engine is (None if bundle.manifest.engine is None else False)
-    assert verdict.lines()[-1] == ("passed" if verdict.engine is None else "passed on the CPU; no engine was checked")
+    assert lines([verdict])[-1] == ("passed" if verdict.engine is None else "passed on the CPU; no engine was checked")
     return bundle
 
 
