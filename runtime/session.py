@@ -106,6 +106,7 @@ def open_session(
     elif exact:
         graph = with_accuracy_level(graph, 0)
     options = ort.SessionOptions()
+    options.enable_cpu_mem_arena = not exact  # such kernels unpack whole matrices, which an arena would keep
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
