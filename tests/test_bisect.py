@@ -93,7 +93,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_bundle_without_a_reference_needs_the_checkpoint(plain: Path) -> None:
     bundle = open_bundle(plain / "bundle")
-    with pytest.raises(LlamaExportError, match="no exact reference .* -m"):
+    with pytest.raises(LlamaExportError, match=r"no exact reference .* -m"):
         bisect(bundle)
     found = bisect(bundle, source=open_source(str(plain / "model")), threads=1)
     assert found.passed and found.tensors == 0

@@ -129,12 +129,9 @@ class _Graph:
             return self.seen(node.output[_SUM], node)
         return self.given(norm)
 
-    def product(self, module: str) -> onnx.NodeProto:
-        """The node that multiplies with a module's weights."""
-        nodes = [node for node in self._modules[module] if node.op_type in _PRODUCTS]
-        if not nodes:
-            raise LookupError(f"the product of {module}")
-        return nodes[0]
+    def product(self, module: str) -> onnx.NodeProto | None:
+        """The node that multiplies with a module's weights; None where it has none of its own."""
+        return next((node for node in self._modules[module] if node.op_type in _PRODUCTS), None)
 
     def made(self, name: str) -> Seen:
         if name not in self._makers:
@@ -181,9 +178,10 @@ def _projections(graph: _Graph, parents: Sequence[str], widths: Mapping[str, int
     found = {}
     for module in (name for parent in parents for name in graph.modules(parent)):
         names = module.rpartition(".")[2].removesuffix("_proj").split("_")
-        if not module.endswith("_proj") or not set(names) <= _PARTS.keys():
-            continue
-        parts, node, product = [_PARTS[name] for name in names], graph.last(module), graph.product(module)
+        product = graph.product(module)
+        if not module.endswith("_proj") or not set(names) <= _PARTS.keys() or product is None:
+            continue  # such as one that orders the columns for a packed product
+        parts, node = [_PARTS[name] for name in names], graph.last(module)
         contains = f"{', '.join(names)} in one product" if len(names) > 1 else ""
         if len(node.output) == len(parts):
             found.update(

@@ -147,7 +147,7 @@ class Bisection:
     def _clean_line(self) -> str:
         rows = [row for row in self.rows if row.kind in (LOCAL, GAIN)]
         worst = max(rows, key=lambda row: row.measured / (row.limit or 1.0))
-        return f"Graph: every op group agrees; nearest to its limit {worst.where}: {_figures(worst)}"
+        return f"Graph: every op group agrees; nearest to its limit {worst.where}: {_figures(worst, self.dtype)}"
 
     def _graph_lines(self, failed: list[Row]) -> Iterator[str]:
         first = failed[0]
@@ -199,8 +199,8 @@ def _passes(failed: list[Row], first: Row) -> list[str]:
     return list(dict.fromkeys(row.pass_ for row in failed if (row.layer, row.place) == key))
 
 
-def _figures(row: Row, dtype: str = "") -> str:
-    return f"{row.measured:.3g}, {dtype or 'rounding'} explains {row.limit:.3g} ({KINDS[row.kind]})"
+def _figures(row: Row, dtype: str) -> str:
+    return f"{row.measured:.3g}, {dtype} explains {row.limit:.3g} ({KINDS[row.kind]})"
 
 
 def _hint(row: Row) -> str:

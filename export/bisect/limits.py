@@ -22,8 +22,8 @@ _ROUNDINGS: Mapping[str, float] = {
 """Units that a few operations one after another may be off by."""
 _MOST = 16
 """Of all others, beside the sums that they make."""
-_PARTS = 4
-"""Times the magnitudes of a product that its parts may have."""
+_PARTS = 2
+"""Of a product."""
 _CUMULATIVE = 64
 """For each layer passed, relative to the largest number."""
 
@@ -32,7 +32,7 @@ def local_limit(result: Result, dtype: str) -> float:
     """Of `local_figure`. dtype: of the graph's activations; sums are made in float32 in any case.
 
     A sum of n numbers in another order is off by about sqrt(n) units (Higham, Accuracy and Stability, 4.2). Weights
-    with offsets are multiplied in two parts whose magnitudes are a few times theirs.
+    with offsets are multiplied in two parts, each with such a sum.
     """
     sums = math.sqrt(result.terms) * (1 if result.place in at.NORMS else _PARTS)
     return _ROUNDINGS.get(result.place, _MOST) * UNIT[dtype] + sums * UNIT["float32"]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from ...optimize.formats import BLOCK
 from . import explain
 from . import places as at
 
@@ -71,8 +72,15 @@ def norm_result(place: str, norm: Any, x: Tensor, got: Tensor) -> Result:
 
 def product_result(place: str, weight: Tensor, bias: Tensor | None, x: Tensor, got: Tensor) -> Result:
     """x: [n, columns], weight: [rows, columns], got: [n, rows]."""
-    scale = functional.linear(x.abs(), weight.abs(), None if bias is None else bias.abs())
+    scale = _in_blocks(x.abs()).sum(-1) @ _in_blocks(weight.abs()).amax(-1).T + (0 if bias is None else bias.abs())
     return Result(place, got, functional.linear(x, weight, bias), scale, x.shape[-1])
+
+
+def _in_blocks(values: Tensor) -> Tensor:
+    """[n, columns] as [n, blocks, columns of a block]: those of a block are made of a common scale and offset, so that
+    a small one may be the difference of two as large as the largest.
+    """
+    return functional.pad(values, (0, -values.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
 
 
 def sum_result(place: str, first: Tensor, second: Tensor, got: Tensor) -> Result:
