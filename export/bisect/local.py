@@ -80,7 +80,8 @@ def _in_blocks(values: Tensor) -> Tensor:
     """[n, columns] as [n, blocks, columns of a block]: those of a block are made of a common scale and offset, so that
     a small one may be the difference of two as large as the largest.
     """
-    return functional.pad(values, (0, -values.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    padded = functional.pad(values, (0, -values.shape[-1] % BLOCK))
+    return padded.view(len(values), -1, BLOCK)
 
 
 def sum_result(place: str, first: Tensor, second: Tensor, got: Tensor) -> Result:
