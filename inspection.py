@@ -24,7 +24,8 @@ from .runtime.bundle import (
     Shape,
 )
 from .runtime.hashes import is_checked
-from .runtime.reference import WeightRecord, load_index
+from .runtime.reference import EXACT, WeightRecord
+from .runtime.reference_file import load_index_of_bundle
 from .tables import columns, size
 from .targets.context import CACHE_BYTES, Load, bytes_per_token, needed_bytes
 
@@ -117,7 +118,7 @@ def _weight_bytes(bundle: Bundle) -> dict[str, int]:
 def _weights(bundle: Bundle) -> tuple[WeightRecord, ...] | None:
     """What the reference says of each tensor of the checkpoint; None where there is none, or it is damaged."""
     try:
-        return load_index(bundle.path).weights
+        return load_index_of_bundle(bundle.path, EXACT).weights
     except LlamaExportError:
         return None
 

@@ -12,6 +12,8 @@ from llama_export.optimize.formats import PRECISIONS
 from llama_export.pipeline import build, tool_versions
 from llama_export.progress import Silent
 from llama_export.runtime.bundle import open_bundle
+from llama_export.runtime.reference import EXACT
+from llama_export.runtime.reference_file import load_index_of_bundle
 from llama_export.runtime.verify import verify
 from support.hf_models import write_llama_folder
 
@@ -63,8 +65,8 @@ def test_a_head_of_its_own_precision(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = write_llama_folder(tmp_path / "llama")
     build(BuildOptions(str(model), "cpu", tmp_path / "out", "int4", head_precision="int8"))
-    index = json.loads((tmp_path / "out/reference/reference.json").read_text())
-    formats = {record["name"]: record["format"] for record in index["weights"]}
+    index = load_index_of_bundle(tmp_path / "out", EXACT)
+    formats = {record.name: record.format for record in index.weights}
     assert formats["lm_head.weight"] == "int8"
     assert formats["model.layers.1.mlp.up_proj.weight"] == "int4"
     assert verify(open_bundle(tmp_path / "out"), check_hashes=True, threads=2, progress=Silent()).passed

@@ -4,14 +4,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 from llama_export import inspection
 from llama_export.cli import main
-from llama_export.runtime.bundle import Limits, Manifest, ModelRecord, Shape, Tokens, open_bundle, seal
+from llama_export.runtime.bundle import Limits, Manifest, ModelRecord, Shape, Tokens, open_bundle, reference_file, seal
 from llama_export.runtime.hashes import check_files
-from llama_export.runtime.reference import Index, Prompt, Reference, WeightRecord, compress, save_reference
+from llama_export.runtime.reference import EXACT, WeightRecord
+from llama_export.runtime.reference_file import save
+from support.tiny_bundle import random_llama
+from support.tiny_reference import tiny_reference
 
 MANIFEST = Manifest(
     model=ModelRecord("someone/Some-135M", "gguf", revision="abc123", licence="apache-2.0"),
@@ -93,8 +95,8 @@ def test_parameters_are_counted_by_format_where_there_is_a_reference(bundle: Pat
     weights = tuple(
         WeightRecord(name, format, shape, 0, {"codes": name}, "0" * 64, 1.0) for name, (format, shape) in stored.items()
     )
-    index = Index(1, "someone/Some-135M", None, 5, (Prompt("one", "a", (1, 2), 1, 1),), weights, (), {})
-    save_reference(Reference(index, compress(np.zeros((2, 5), np.float32))), bundle)
+    made = tiny_reference(random_llama(), {})
+    save(replace(made, index=replace(made.index, weights=weights)), bundle / reference_file(EXACT))
     seal(bundle, MANIFEST)
     assert inspection.to_json(open_bundle(bundle))["derived"]["parameters"] == {"int4": 1_200_000, "fp32": 300}
     assert "parameters  1.2 M in int4, 300 in fp32" in shown(bundle)
@@ -102,7 +104,7 @@ def test_parameters_are_counted_by_format_where_there_is_a_reference(bundle: Pat
 
 def test_a_damaged_reference_is_no_failure(bundle: Path) -> None:
     (bundle / "reference").mkdir()
-    (bundle / "reference" / "reference.json").write_text("{")
+    (bundle / "reference" / "exact.npz").write_text("{")
     seal(bundle, MANIFEST)
     assert "parameters  unknown" in shown(bundle)
 

@@ -22,6 +22,8 @@ from llama_export.pipeline import build
 from llama_export.runtime import load
 from llama_export.runtime.bundle import open_bundle
 from llama_export.runtime.hashes import check_files
+from llama_export.runtime.reference import EXACT
+from llama_export.runtime.reference_file import load_index_of_bundle
 from safetensors.numpy import load_file
 from support.checkpoints import write_checkpoint
 from support.command import call, spawn
@@ -40,8 +42,8 @@ FILES = {
     "manifest.json",
     "model.onnx",
     "model.onnx.data",
-    "reference/logits.npz",
-    "reference/reference.json",
+    "reference/exact.npz",
+    "reference/original.npz",
     "tokenizer.json",
     "tokenizer_config.json",
 }
@@ -118,12 +120,13 @@ def test_the_manifest_tells_the_truth(built: Built) -> None:
 
 def test_a_gguf_keeps_its_own_quantisation(built: Built) -> None:
     manifest = manifest_of(built("mixed"))
+    assert len(manifest["model"].pop("sha256")) == 64
     assert manifest["model"] == {
         **{"id": "Random Llama", "source": "gguf", "revision": None, "licence": "apache-2.0", "duties": []},
     }
     assert manifest["precision"] == "gguf"
-    weights = json.loads((built("mixed") / "reference" / "reference.json").read_text())["weights"]
-    assert {weight["format"] for weight in weights} == {"int4", "int4-offset", "int8", "fp32", "fp16", "bf16"}
+    weights = load_index_of_bundle(built("mixed"), EXACT).weights
+    assert {weight.format for weight in weights} == {"int4", "int4-offset", "int8", "fp32", "fp16", "bf16"}
 
 
 def test_what_genai_reads_agrees(built: Built) -> None:
@@ -181,13 +184,18 @@ def test_a_hub_id_makes_the_same_bundle(built: Built, tmp_path: Path) -> None:
         commit = hub.repos["org/tiny"].commit
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
+    assert len(report["manifest"]["model"].pop("sha256")) == 64
     assert report["manifest"]["model"] == {
         **{"id": "org/tiny", "source": "hub", "revision": commit},
         "licence": "Random weights, free for any use.",
         "duties": [],
     }
     ours, theirs = contents(built("int4")), contents(tmp_path / "out")
-    assert {name for name in FILES if ours[name] != theirs[name]} == {"manifest.json", "reference/reference.json"}
+    assert {name for name in FILES if ours[name] != theirs[name]} == {
+        "manifest.json",
+        "reference/exact.npz",
+        "reference/original.npz",
+    }
 
 
 # Options
@@ -238,7 +246,7 @@ def test_without_a_reference_there_is_nothing_to_verify(short: Path) -> None:
     assert contents(short).keys() == {name for name in FILES if not name.startswith("reference/")}
     result = call("verify", short, "--quiet")
     assert result.exit_code == 1
-    assert "has no reference to compare with, it was built with --no-reference" in result.stderr
+    assert "has no exact reference to compare with, it was built with --no-reference" in result.stderr
 
 
 @pytest.mark.parametrize("context", [1, 2, 5])
