@@ -167,6 +167,14 @@ def test_worst_positions_and_curves_are_told(built: Built) -> None:
             assert all(choice.text for choice in moment.expected)
 
 
+def test_where_it_breaks_is_told_with_the_verdict(built: Built) -> None:
+    verdict = verdict_of(built("int4"), "--no-hash", "--bisect", code=0)
+    assert list(verdict)[-1] == "bisection"
+    result = call("verify", built("int4"), "-m", "model", "--quiet")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "-m names the checkpoint that --bisect computes with" in result.stderr
+
+
 def test_infinite_figures_are_null() -> None:
     nan, inf = float("nan"), float("inf")
     gates = (Gate("a", "A", nan, 1), Gate("b", "B", inf, 1), Gate("c", "C", nan, 1, at_least=True))
