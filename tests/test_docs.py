@@ -21,9 +21,10 @@ from llama_export.export.gguf import blocks as gguf_blocks
 from llama_export.optimize.formats import PRECISIONS, format_named, stored_bytes
 from llama_export.runtime import GenerationOptions, load
 from llama_export.runtime.bundle import Limits, Manifest, ModelRecord, Shape, Tokens, open_bundle
+from llama_export.runtime.gates import FIGURES, all_limits
+from llama_export.runtime.gates import Limits as GateLimits
 from llama_export.runtime.generate import Result
 from llama_export.runtime.reference import Index, Logits, Prompt, WeightRecord
-from llama_export.runtime.verify import LIMITS
 from llama_export.settings import FILE_NAME
 from llama_export.targets.devices import load_target
 from support.tiny_bundle import random_llama, write_bundle
@@ -245,17 +246,20 @@ def rows_of(page: Path, first: str) -> list[list[str]]:
     return rows
 
 
+def told_limit(limits: GateLimits, figure: str) -> str:
+    """A limit as the table of docs/parity.md tells it."""
+    more = FIGURES[figure].at_least if figure in FIGURES else False
+    scaled = f", or {limits.scaled:g} times the largest logit" if figure == "difference" else ""
+    return f"at {'least' if more else 'most'} {limits.limits[figure]:g}{scaled}"
+
+
 def test_the_limits_of_verify_are_told_as_they_are() -> None:
-    rows = {row[0]: row[1:3] for row in rows_of(PARITY, "gate")}
-    for column, limits in enumerate((LIMITS["float32"], LIMITS["float16"])):
-        told = {
-            name: [float(number) for number in re.findall(r"[\d.]+(?:e-\d+)?", cells[column])]
-            for name, cells in rows.items()
-        }
-        assert told["largest difference of a logit"] == [limits.difference, limits.relative]
-        assert told["largest KL divergence"] == [limits.kl]
-        assert told["shipped: mean KL divergence"] == [limits.shipped_kl]
-        assert told["shipped: positions that agree"] == [limits.shipped_agreement]
+    expected = [
+        [f"`{limits.line}`", limits.setting, f"`{figure}`", told_limit(limits, figure), limits.reasons[figure]]
+        for limits in all_limits()
+        for figure in limits.limits
+    ]
+    assert rows_of(PARITY, "question") == expected
 
 
 def test_every_key_of_a_manifest_is_explained() -> None:
