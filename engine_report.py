@@ -8,9 +8,9 @@ from pathlib import Path
 from .errors import LlamaExportError
 from .progress import Progress
 from .runtime.bundle import REFERENCE, Bundle
+from .runtime.proof.verify import verify
 from .runtime.tensorrt import EngineFile, find_engine, this_gpu
 from .runtime.tensorrt.api import import_module
-from .runtime.verify import verify
 from .tables import size
 from .targets.engine_device import DeviceEngine, build_engine
 

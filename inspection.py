@@ -24,8 +24,8 @@ from .runtime.bundle import (
     Shape,
 )
 from .runtime.hashes import is_checked
-from .runtime.reference import EXACT, WeightRecord
-from .runtime.reference_file import load_index_of_bundle
+from .runtime.proof.reference import EXACT, WeightRecord
+from .runtime.proof.reference_file import load_index_of_bundle
 from .tables import columns, size
 from .targets.context import CACHE_BYTES, Load, bytes_per_token, needed_bytes
 

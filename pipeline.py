@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from .export.prompts import Asked
     from .export.write import Placement
     from .optimize.trt.linear import InputScale
-    from .runtime.reference import WeightRecord
+    from .runtime.proof.reference import WeightRecord
 
 _TOOLS = (
     *("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy", "tokenizers", "gguf"),
@@ -285,7 +285,7 @@ def _write_references(
 ) -> None:
     """Those of the model, and of each adapter beside its weights."""
     from .export.record import Recorder  # noqa: PLC0415
-    from .runtime.reference_file import save  # noqa: PLC0415
+    from .runtime.proof.reference_file import save  # noqa: PLC0415
 
     recorder = Recorder(plan.source, folder, manifest, plan.sha256, prompts, tool_versions(), progress)
     for kind, reference in recorder.model(written.placements, written.tables).items():

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from .runtime.verdict import Check, Gate, Verdict
+    from .runtime.proof.verdict import Check, Gate, Verdict
 
 MARK = "llama_bundle"
 REST = "rest"
@@ -116,8 +116,8 @@ class GateTest(pytest.Item):
 
 def planned_tests(tests: BundleTests) -> tuple[str, ...]:
     """The names of all gates that a verification will ask about, without running anything."""
-    from .runtime.reports.words import gate_id, one_line  # noqa: PLC0415 (see the module's docstring)
-    from .runtime.verify import planned  # noqa: PLC0415
+    from .runtime.proof.reports.words import gate_id, one_line  # noqa: PLC0415 (see the module's docstring)
+    from .runtime.proof.verify import planned  # noqa: PLC0415
 
     gates = planned(tests.path, **_options(tests.config))
     return tuple(dict.fromkeys(one_line(gate_id(one.check, one.way, one.prompt, one.figure)) for one in gates))
@@ -126,7 +126,7 @@ def planned_tests(tests: BundleTests) -> tuple[str, ...]:
 def verify_bundle(tests: BundleTests) -> Verdict:
     """Verify the bundle as the options say."""
     from .progress import Silent  # noqa: PLC0415 (see the module's docstring)
-    from .runtime.verify import verify  # noqa: PLC0415
+    from .runtime.proof.verify import verify  # noqa: PLC0415
 
     return verify(tests.path, check_hashes=True, progress=Silent(), **_options(tests.config))
 
@@ -141,7 +141,7 @@ def _options(config: pytest.Config) -> dict[str, Any]:
 
 
 def _named(verdict: Verdict) -> list[tuple[str, Check, Gate]]:
-    from .runtime.reports.words import gate_id, one_line  # noqa: PLC0415 (see the module's docstring)
+    from .runtime.proof.reports.words import gate_id, one_line  # noqa: PLC0415 (see the module's docstring)
 
     return [
         (one_line(gate_id(check.id, case.way, case.prompt, gate.figure)), check, gate)
@@ -153,7 +153,7 @@ def _named(verdict: Verdict) -> list[tuple[str, Check, Gate]]:
 
 def _own(verdict: Verdict, name: str) -> list[str]:
     """Why the gate of this name did not pass, nothing where it did."""
-    from .runtime.reports.words import sentence  # noqa: PLC0415 (see the module's docstring)
+    from .runtime.proof.reports.words import sentence  # noqa: PLC0415 (see the module's docstring)
 
     gates = [gate for other, _, gate in _named(verdict) if other == name]
     if gates:
@@ -165,7 +165,7 @@ def _own(verdict: Verdict, name: str) -> list[str]:
 
 def _rest(verdict: Verdict, planned: Sequence[str]) -> list[str]:
     """What failed and has no test of its own."""
-    from .runtime.reports.words import sentence  # noqa: PLC0415 (see the module's docstring)
+    from .runtime.proof.reports.words import sentence  # noqa: PLC0415 (see the module's docstring)
 
     told = {check.split("[")[0] for check in planned}
     gates = [sentence(gate) for name, _, gate in _named(verdict) if name not in planned and not gate.passed]

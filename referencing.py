@@ -28,12 +28,12 @@ from .pipeline import build, tool_versions
 from .planning import open_adapters
 from .progress import Progress, Silent
 from .runtime.bundle import CPU_PROVIDER, GRAPH_FILE, AdapterRecord, Bundle, open_bundle
-from .runtime.foreign import ForeignReplayer, check_reference, is_foreign, open_foreign
 from .runtime.hashing import sha256_of_all
-from .runtime.reference import EXACT, ORIGINAL, SCHEMA_VERSION, Index, Prompt, Reference
-from .runtime.reference_file import load_index_of_bundle, save
-from .runtime.replayer import Replayer
-from .runtime.replayers import GraphReplayer
+from .runtime.proof.foreign import ForeignReplayer, check_reference, is_foreign, open_foreign
+from .runtime.proof.reference import EXACT, ORIGINAL, SCHEMA_VERSION, Index, Prompt, Reference
+from .runtime.proof.reference_file import load_index_of_bundle, save
+from .runtime.proof.replayer import Replayer
+from .runtime.proof.replayers import GraphReplayer
 from .runtime.threads import physical_cores
 from .tables import size
 

@@ -15,12 +15,12 @@ from .names import SHORT_BACKENDS
 from .progress import Progress
 from .runtime.bundle import Bundle, open_bundle
 from .runtime.files import replace
-from .runtime.foreign import is_foreign
-from .runtime.reports.html import html_page
-from .runtime.reports.junit import junit_xml
-from .runtime.reports.table import lines as table_lines
-from .runtime.verdict import Check, Verdict, to_json
-from .runtime.verify import verify
+from .runtime.proof.foreign import is_foreign
+from .runtime.proof.reports.html import html_page
+from .runtime.proof.reports.junit import junit_xml
+from .runtime.proof.reports.table import lines as table_lines
+from .runtime.proof.verdict import Check, Verdict, to_json
+from .runtime.proof.verify import verify
 
 if TYPE_CHECKING:
     from .export.bisect import Bisection
@@ -90,9 +90,9 @@ def backends_of(value: str | None) -> tuple[str, ...]:
 def report_of(path: Path, options: VerifyOptions, progress: Progress) -> Report:
     """Verify the bundle, or the folder of another tool, at `path`.
 
-    One backend raises as `runtime.verify.verify` does. Where several are named, one that cannot run here is a failure
-    of its own run, and the others go on. Raises UsageError when a folder of another tool is asked for what only bundles
-    have.
+    One backend raises as `runtime.proof.verify.verify` does. Where several are named, one that cannot run here is a
+    failure of its own run, and the others go on. Raises UsageError when a folder of another tool is asked for what only
+    bundles have.
     """
     if is_foreign(path):
         _refuse_for_foreign(path, options)

@@ -12,13 +12,13 @@ from llama_export.export.canonical import canonical
 from llama_export.export.config import transformers_config
 from llama_export.export.source import Source, open_source
 from llama_export.runtime.arrays import Float32, Int64
-from llama_export.runtime.gates import FULL, limits_of
-from llama_export.runtime.judging import Judge, Question
-from llama_export.runtime.reference import Reference
-from llama_export.runtime.replayer import CacheView
+from llama_export.runtime.proof.gates import FULL, limits_of
+from llama_export.runtime.proof.judging import Judge, Question
+from llama_export.runtime.proof.reference import Reference
+from llama_export.runtime.proof.replayer import CacheView
+from llama_export.runtime.proof.verdict import Case
+from llama_export.runtime.proof.ways import WAYS, Text
 from llama_export.runtime.threads import physical_cores
-from llama_export.runtime.verdict import Case
-from llama_export.runtime.ways import WAYS, Text
 
 _PAST = "past_key_values."
 _ROWS = 8

@@ -35,8 +35,8 @@ from llama_export.errors import LlamaExportError
 from llama_export.pipeline import build
 from llama_export.progress import Silent
 from llama_export.runtime import open_bundle
-from llama_export.runtime.reports.table import lines as table_lines
-from llama_export.runtime.verify import verify
+from llama_export.runtime.proof.reports.table import lines as table_lines
+from llama_export.runtime.proof.verify import verify
 
 if TYPE_CHECKING or __package__:  # a script, and importable for its tests
     from . import gpu_card, report

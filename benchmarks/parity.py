@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llama_export.build_options import BuildOptions
 from llama_export.errors import LlamaExportError
@@ -28,11 +28,11 @@ from llama_export.pipeline import build
 from llama_export.progress import Silent
 from llama_export.referencing import ReferenceOptions, make_reference
 from llama_export.runtime.bundle import open_bundle
-from llama_export.runtime.gates import FULL
-from llama_export.runtime.reference_file import load
-from llama_export.runtime.verdict import Case, Gate
-from llama_export.runtime.verify import verify
-from llama_export.runtime.ways import GREEDY, WAYS
+from llama_export.runtime.proof.gates import FULL
+from llama_export.runtime.proof.reference_file import load
+from llama_export.runtime.proof.verdict import Case, Gate
+from llama_export.runtime.proof.verify import verify
+from llama_export.runtime.proof.ways import GREEDY, WAYS
 
 if TYPE_CHECKING or __package__:  # a script, and importable for its tests
     from . import report
@@ -43,7 +43,7 @@ else:
 
 CANONICAL = "canonical"
 _TOLD = ("difference", "kl")
-TARGETS: Mapping[str, Mapping[str, str]] = {
+TARGETS: Mapping[str, Mapping[str, Any]] = {
     "ort": {"target": "cpu"},
     "trt": {"target": "jetson-orin", "jetpack": "7.2"},
     "trt-primitive": {"target": "jetson-orin", "jetpack": "6.2"},

@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import LlamaExportError
 from ..optimize.tensors import SourceTensor
 from ..runtime.bundle import Bundle
-from ..runtime.reference import Identity
+from ..runtime.proof.reference import Identity
 from .config import known_facts
 from .lora.peft_folder import Adapter, LowRank
 from .safetensors_file import StoredTensor

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from ..errors import LlamaExportError, UsageError
 from ..runtime.chat import TEMPLATE_FILE, ChatTemplate, configured_template, special_tokens
-from ..runtime.reference_checks import MOST_POSITIONS
+from ..runtime.proof.reference_checks import MOST_POSITIONS
 from .source import Source
 
 CONTINUATION = 16

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..runtime.arrays import Float32, Int64
-from ..runtime.replayer import Replayer
+from ..runtime.proof.replayer import Replayer
 from .prompts import Asked
 
 _TOGETHER = 64

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..progress import Progress
 from ..runtime.arrays import Float32
-from ..runtime.reference import (
+from ..runtime.proof.reference import (
     EXACT,
     SCHEMA_VERSION,
     Identity,

@@ -20,8 +20,8 @@ from ..optimize.quantise import dense_format
 from ..optimize.shared.order_inputs import order_name
 from ..progress import Progress
 from ..runtime.bundle import CPU_PROVIDER, GRAPH_FILE, Bundle, Manifest
-from ..runtime.reference import EXACT, INDEX, ORDER, Reference, WeightRecord, fingerprint
-from ..runtime.replayers import GraphReplayer
+from ..runtime.proof.reference import EXACT, INDEX, ORDER, Reference, WeightRecord, fingerprint
+from ..runtime.proof.replayers import GraphReplayer
 from ..runtime.threads import physical_cores
 from .config import transformers_config
 from .identity import identity_of, stored_type

@@ -10,7 +10,7 @@ from ..names import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
 from ..optimize import policy
 from ..optimize.formats import Format, format_named
 from ..optimize.tensors import SourceTensor
-from ..runtime.reference import WeightRecord
+from ..runtime.proof.reference import WeightRecord
 
 _POLICIES: Mapping[str, policy.Policy] = {
     ONNXRUNTIME: policy.ORT,

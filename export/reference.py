@@ -27,7 +27,16 @@ from ..optimize.quantise import stored_values
 from ..optimize.tensors import Float32, SourceTensor
 from ..progress import Progress
 from ..runtime.arrays import Int32
-from ..runtime.reference import EXACT, ORIGINAL, Fingerprint, Identity, Layers, Logits, PassingLogits, chosen_channels
+from ..runtime.proof.reference import (
+    EXACT,
+    ORIGINAL,
+    Fingerprint,
+    Identity,
+    Layers,
+    Logits,
+    PassingLogits,
+    chosen_channels,
+)
 from .layerwise import LAST_NORM, KeptCache, Parts, Texts, cuts, decoder_layer, embedded, float32_bytes, last_norm
 from .lora.peft_folder import LowRank
 

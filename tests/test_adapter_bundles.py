@@ -25,10 +25,10 @@ from llama_export.pipeline import build
 from llama_export.runtime import GenerationOptions, load
 from llama_export.runtime.backend import OnnxRuntimeBackend
 from llama_export.runtime.bundle import Bundle, Manifest, adapter_file, open_bundle, seal
-from llama_export.runtime.reference import EXACT
-from llama_export.runtime.reference_file import load_index_of_bundle
-from llama_export.runtime.verdict import Verdict
-from llama_export.runtime.verify import verify
+from llama_export.runtime.proof.reference import EXACT
+from llama_export.runtime.proof.reference_file import load_index_of_bundle
+from llama_export.runtime.proof.verdict import Verdict
+from llama_export.runtime.proof.verify import verify
 from safetensors.numpy import load_file, save_file
 from support.command import call
 from support.gguf_models import write_llama_gguf

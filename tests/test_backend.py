@@ -17,7 +17,7 @@ from llama_export.errors import LlamaExportError, UsageError
 from llama_export.runtime.backend import OnnxRuntimeBackend
 from llama_export.runtime.bundle import Bundle
 from llama_export.runtime.cache import lazy_zeros
-from llama_export.runtime.replayers import GraphReplayer
+from llama_export.runtime.proof.replayers import GraphReplayer
 from support.tiny_bundle import TinyLlama, random_llama, write_bundle
 
 pytest.importorskip("onnxruntime", reason="the backend needs ONNX Runtime")

@@ -12,7 +12,7 @@ from llama_export.export.source import open_source
 from llama_export.pipeline import build
 from llama_export.progress import Silent
 from llama_export.runtime.bundle import open_bundle
-from llama_export.runtime.verify import verify
+from llama_export.runtime.proof.verify import verify
 from support import faults, planted
 from support.checkpoints import write_weights_of_trained_size
 from support.hf_models import write_llama_folder

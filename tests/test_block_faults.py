@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from llama_export.runtime.bundle import Bundle, open_bundle
-from llama_export.runtime.reference import EXACT, WeightRecord
-from llama_export.runtime.reference_file import load_index_of_bundle
+from llama_export.runtime.proof.reference import EXACT, WeightRecord
+from llama_export.runtime.proof.reference_file import load_index_of_bundle
+from llama_export.runtime.proof.weights import compare_weights
 from llama_export.runtime.session import read_graph, weight_places
-from llama_export.runtime.weights import compare_weights
 from support import faults
 from test_gguf_build import MIXES
 from test_gguf_build import build as build_gguf

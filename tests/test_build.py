@@ -12,9 +12,9 @@ from llama_export.optimize.formats import PRECISIONS
 from llama_export.pipeline import build, tool_versions
 from llama_export.progress import Silent
 from llama_export.runtime.bundle import open_bundle
-from llama_export.runtime.reference import EXACT
-from llama_export.runtime.reference_file import load_index_of_bundle
-from llama_export.runtime.verify import verify
+from llama_export.runtime.proof.reference import EXACT
+from llama_export.runtime.proof.reference_file import load_index_of_bundle
+from llama_export.runtime.proof.verify import verify
 from support.hf_models import write_llama_folder
 
 

@@ -21,10 +21,10 @@ from llama_export.export.gguf import blocks as gguf_blocks
 from llama_export.optimize.formats import PRECISIONS, format_named, stored_bytes
 from llama_export.runtime import GenerationOptions, load
 from llama_export.runtime.bundle import Limits, Manifest, ModelRecord, Shape, Tokens, open_bundle
-from llama_export.runtime.gates import FIGURES, all_limits
-from llama_export.runtime.gates import Limits as GateLimits
 from llama_export.runtime.generate import Result
-from llama_export.runtime.reference import Index, Logits, Prompt, WeightRecord
+from llama_export.runtime.proof.gates import FIGURES, all_limits
+from llama_export.runtime.proof.gates import Limits as GateLimits
+from llama_export.runtime.proof.reference import Index, Logits, Prompt, WeightRecord
 from llama_export.settings import FILE_NAME
 from llama_export.targets.devices import load_target
 from support.tiny_bundle import random_llama, write_bundle

@@ -14,7 +14,7 @@ from llama_export.runtime.backend import OnnxRuntimeBackend
 from llama_export.runtime.bundle import Bundle
 from llama_export.runtime.executor import StepBackend
 from llama_export.runtime.ort_executors import BucketExecutor, StaticExecutor, onnxruntime_executor
-from llama_export.runtime.replayers import GraphReplayer
+from llama_export.runtime.proof.replayers import GraphReplayer
 from llama_export.runtime.requirements import parse_version
 from llama_export.runtime.session import LEAST
 from support.tiny_bundle import random_llama, write_bundle

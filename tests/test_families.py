@@ -21,8 +21,8 @@ from llama_export.export.trace import window_of
 from llama_export.pipeline import build
 from llama_export.progress import Silent
 from llama_export.runtime.bundle import open_bundle
-from llama_export.runtime.reference import sample_ids
-from llama_export.runtime.verify import verify
+from llama_export.runtime.proof.reference import sample_ids
+from llama_export.runtime.proof.verify import verify
 from support.graphs import (
     llama,
     logits_of,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from llama_export.errors import LlamaExportError, UsageError
-from llama_export.runtime.foreign import (
+from llama_export.runtime.proof.foreign import (
     GENAI,
     ONNX,
     OPTIMUM,
@@ -22,8 +22,8 @@ from llama_export.runtime.foreign import (
     is_foreign,
     open_foreign,
 )
-from llama_export.runtime.foreign import graph as graph_module
-from llama_export.runtime.reference import ORIGINAL, Identity, Index, Prompt
+from llama_export.runtime.proof.foreign import graph as graph_module
+from llama_export.runtime.proof.reference import ORIGINAL, Identity, Index, Prompt
 from support import onnx_bytes as onnx
 from support.foreign_models import CONTEXT, write_concatenated, write_grouped
 from support.tiny_bundle import BOS, byte_tokenizer, random_llama, write_bundle

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from llama_export.runtime.foreign import GENAI, OPTIMUM, ForeignReplayer, open_foreign
-from llama_export.runtime.gates import limits_of
-from llama_export.runtime.parity import Comparison, compare
-from llama_export.runtime.reference import compress
-from llama_export.runtime.ways import BATCH, WAYS, Text
+from llama_export.runtime.proof.foreign import GENAI, OPTIMUM, ForeignReplayer, open_foreign
+from llama_export.runtime.proof.gates import limits_of
+from llama_export.runtime.proof.parity import Comparison, compare
+from llama_export.runtime.proof.reference import compress
+from llama_export.runtime.proof.ways import BATCH, WAYS, Text
 from safetensors.numpy import load_file
 from support.hf_models import write_llama_folder
 

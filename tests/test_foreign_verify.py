@@ -12,12 +12,12 @@ import pytest
 from llama_export import cli
 from llama_export.errors import LlamaExportError, UsageError
 from llama_export.progress import Silent
-from llama_export.runtime import verify_foreign as module
-from llama_export.runtime.reference import ORIGINAL, Reference
-from llama_export.runtime.reference_file import save
-from llama_export.runtime.verdict import Verdict
-from llama_export.runtime.verify import planned, verify
-from llama_export.runtime.ways import BATCH, GREEDY, ONE_PIECE, WAYS
+from llama_export.runtime.proof import verify_foreign as module
+from llama_export.runtime.proof.reference import ORIGINAL, Reference
+from llama_export.runtime.proof.reference_file import save
+from llama_export.runtime.proof.verdict import Verdict
+from llama_export.runtime.proof.verify import planned, verify
+from llama_export.runtime.proof.ways import BATCH, GREEDY, ONE_PIECE, WAYS
 from support.foreign_models import write_concatenated, write_grouped
 from support.tiny_bundle import TinyLlama, random_llama
 from support.tiny_reference import tiny_reference

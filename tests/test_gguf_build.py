@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from llama_export.export.gguf.blocks import ENCODINGS, FORMATS
 from llama_export.export.gguf.source import gguf_name
-from llama_export.runtime.reference import EXACT
-from llama_export.runtime.reference_file import load_index_of_bundle
+from llama_export.runtime.proof.reference import EXACT
+from llama_export.runtime.proof.reference_file import load_index_of_bundle
 from support.command import call
 from support.gguf_models import write_llama_gguf
 

@@ -16,14 +16,20 @@ PARTS = ("export", "optimize", "targets", "runtime")
 
 # A build records the reference by running the graph that it wrote, with the parts of the runtime that verify uses.
 _RECORDING = {
-    *("runtime.arrays", "runtime.chat", "runtime.onnx_file", "runtime.reference", "runtime.reference_checks"),
-    *("runtime.replayer", "runtime.replayers", "runtime.threads"),
+    *(
+        "runtime.arrays",
+        "runtime.chat",
+        "runtime.onnx_file",
+        "runtime.proof.reference",
+        "runtime.proof.reference_checks",
+    ),
+    *("runtime.proof.replayer", "runtime.proof.replayers", "runtime.threads"),
 }
 
 # A bisection runs the graph with its inner values as outputs, and reads the weights as the device stores them.
 _BISECTING = {
-    *("runtime.arrays", "runtime.cpu_graph", "runtime.recipe", "runtime.reference_file"),
-    *("runtime.session", "runtime.weights"),
+    *("runtime.arrays", "runtime.cpu_graph", "runtime.recipe", "runtime.proof.reference_file"),
+    *("runtime.session", "runtime.proof.weights"),
 }
 
 # An evaluation knows the adapters of a bundle's original by the hashes in the manifest.

@@ -10,8 +10,8 @@ from llama_export import inspection
 from llama_export.cli import main
 from llama_export.runtime.bundle import Limits, Manifest, ModelRecord, Shape, Tokens, open_bundle, reference_file, seal
 from llama_export.runtime.hashes import check_files
-from llama_export.runtime.reference import EXACT, WeightRecord
-from llama_export.runtime.reference_file import save
+from llama_export.runtime.proof.reference import EXACT, WeightRecord
+from llama_export.runtime.proof.reference_file import save
 from support.tiny_bundle import random_llama
 from support.tiny_reference import tiny_reference
 

@@ -16,7 +16,7 @@ from llama_export.export.reference import Exact, Original, Samples, StreamedMode
 from llama_export.optimize.plan import plan_formats
 from llama_export.optimize.quantise import stored_values
 from llama_export.progress import Silent
-from llama_export.runtime.reference import EXACT, ORIGINAL, Identity, compress, fingerprint
+from llama_export.runtime.proof.reference import EXACT, ORIGINAL, Identity, compress, fingerprint
 from support.graphs import VARIANTS, llama, logits_of, source_tensors, with_stored_weights
 from transformers import PreTrainedModel
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from llama_export.runtime.parity import Comparison, compare
-from llama_export.runtime.reference import TOP, Logits, compress
+from llama_export.runtime.proof.parity import Comparison, compare
+from llama_export.runtime.proof.reference import TOP, Logits, compress
 
 Float32 = np.ndarray
 

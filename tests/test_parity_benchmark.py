@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="the benchmark compares with PyTorch
 
 from llama_export.benchmarks import parity  # noqa: E402 (needs PyTorch)
 from llama_export.errors import LlamaExportError  # noqa: E402
-from llama_export.runtime.ways import GREEDY, WAYS  # noqa: E402
+from llama_export.runtime.proof.ways import GREEDY, WAYS  # noqa: E402
 from support.hf_models import write_llama_folder  # noqa: E402
 
 

@@ -22,8 +22,8 @@ from llama_export.pipeline import build
 from llama_export.runtime import load
 from llama_export.runtime.bundle import open_bundle
 from llama_export.runtime.hashes import check_files
-from llama_export.runtime.reference import EXACT
-from llama_export.runtime.reference_file import load_index_of_bundle
+from llama_export.runtime.proof.reference import EXACT
+from llama_export.runtime.proof.reference_file import load_index_of_bundle
 from safetensors.numpy import load_file
 from support.checkpoints import write_checkpoint
 from support.command import call, spawn

@@ -19,7 +19,7 @@ from llama_export.pipeline import build
 from llama_export.progress import Silent
 from llama_export.runtime.bundle import open_bundle
 from llama_export.runtime.onnx_file import with_accuracy_level
-from llama_export.runtime.verify import verify
+from llama_export.runtime.proof.verify import verify
 from onnx import numpy_helper
 from support.graphs import logits_of, run_ort, session
 from support.prequantised import (

@@ -25,7 +25,7 @@ _STUB = '''
 import dataclasses, json, os, sys, types
 from pathlib import Path
 from llama_export.errors import LlamaExportError
-from llama_export.runtime.verdict import Case, Check, Gate
+from llama_export.runtime.proof.verdict import Case, Check, Gate
 from support.verdicts import verdict
 
 HERE = Path(__file__).parent
@@ -61,7 +61,7 @@ def verify(bundle, **options):
     return dataclasses.replace(found, checks=tuple(checks))
 
 
-stub = types.ModuleType("llama_export.runtime.verify")
+stub = types.ModuleType("llama_export.runtime.proof.verify")
 stub.planned, stub.verify = planned, verify
 sys.modules[stub.__name__] = stub
 '''

@@ -25,9 +25,9 @@ from llama_export.optimize.plan import plan_formats
 from llama_export.progress import Silent
 from llama_export.runtime.arrays import Float32, Int64
 from llama_export.runtime.bundle import open_bundle
-from llama_export.runtime.reference import EXACT, ORIGINAL, Identity, Reference, compress
-from llama_export.runtime.reference_file import load, load_of_bundle, save
-from llama_export.runtime.replayer import CacheView
+from llama_export.runtime.proof.reference import EXACT, ORIGINAL, Identity, Reference, compress
+from llama_export.runtime.proof.reference_file import load, load_of_bundle, save
+from llama_export.runtime.proof.replayer import CacheView
 from support.adapters import write_adapter
 from support.graphs import llama, logits_of, source_tensors
 from support.hf_models import random_weights, write_llama_folder, write_weights
@@ -126,7 +126,7 @@ def test_every_kept_token_is_pytorchs_own(kinds: tuple[str, ...], full: bool, tm
 
 
 def with_weight(reference: Reference) -> Reference:
-    from llama_export.runtime.reference import WeightRecord
+    from llama_export.runtime.proof.reference import WeightRecord
 
     weight = WeightRecord("w", "fp32", (1,), 0, {}, "0" * 64, 0.0)
     return replace(reference, index=replace(reference.index, weights=(weight,)))

@@ -17,7 +17,7 @@ from llama_export.optimize.formats import FP32
 from llama_export.optimize.plan import plan_formats
 from llama_export.optimize.tensors import SourceTensor
 from llama_export.progress import Silent
-from llama_export.runtime.reference import Identity
+from llama_export.runtime.proof.reference import Identity
 
 def shapes_of(layers, hidden, ffn, vocab):
     narrow = 2 * (hidden // 8)

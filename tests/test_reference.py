@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 from llama_export.errors import LlamaExportError
-from llama_export.runtime import reference_file
-from llama_export.runtime.reference import (
+from llama_export.runtime.proof import reference_file
+from llama_export.runtime.proof.reference import (
     EXACT,
     ORIGINAL,
     SAMPLES,
@@ -34,7 +34,7 @@ from llama_export.runtime.reference import (
     logsumexp,
     sample_ids,
 )
-from llama_export.runtime.reference_file import load, load_index, load_of_bundle, save
+from llama_export.runtime.proof.reference_file import load, load_index, load_of_bundle, save
 
 # What is kept of the logits
 

@@ -10,10 +10,10 @@ import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import pytest
-from llama_export.runtime.reports import plots
-from llama_export.runtime.reports.html import html_page, shown
-from llama_export.runtime.reports.plots import Series, log_plot
-from llama_export.runtime.verdict import Case, Check, Choice, Gate, LayerFigure, Moment, Verdict
+from llama_export.runtime.proof.reports import plots
+from llama_export.runtime.proof.reports.html import html_page, shown
+from llama_export.runtime.proof.reports.plots import Series, log_plot
+from llama_export.runtime.proof.verdict import Case, Check, Choice, Gate, LayerFigure, Moment, Verdict
 from support.verdicts import PROMPTS, WAYS, case, full, gates, moment, verdict
 
 EVIL = "</code><script>alert(1)</script><img src=x onerror=alert(2)>\"'&\x00\x1b\n{{ 7 * 7 }}"

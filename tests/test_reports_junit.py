@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import xml.etree.ElementTree as ET
 
-from llama_export.runtime.reports.junit import junit_xml
-from llama_export.runtime.verdict import Case, Check, Gate, Verdict
+from llama_export.runtime.proof.reports.junit import junit_xml
+from llama_export.runtime.proof.verdict import Case, Check, Gate, Verdict
 from support.verdicts import PROMPTS, full, verdict
 
 EVIL = "</failure><script>alert(1)</script> & \"'\x00\x1b\ufffe\ud800"

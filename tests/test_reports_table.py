@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from llama_export.runtime.reports.table import fitted, lines
-from llama_export.runtime.reports.words import brief, worst
-from llama_export.runtime.verdict import Case, Check, Gate, LayerFigure, Verdict
+from llama_export.runtime.proof.reports.table import fitted, lines
+from llama_export.runtime.proof.reports.words import brief, worst
+from llama_export.runtime.proof.verdict import Case, Check, Gate, LayerFigure, Verdict
 from llama_export.tables import width
 from support.verdicts import PROMPTS, full, verdict
 

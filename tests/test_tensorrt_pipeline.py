@@ -19,9 +19,9 @@ from llama_export.pipeline import build
 from llama_export.progress import Silent
 from llama_export.runtime import load
 from llama_export.runtime.bundle import open_bundle
+from llama_export.runtime.proof.reports.table import lines
+from llama_export.runtime.proof.verify import verify
 from llama_export.runtime.recipe import read_recipe
-from llama_export.runtime.reports.table import lines
-from llama_export.runtime.verify import verify
 from safetensors.numpy import load_file
 from support.command import call
 from support.hf_models import write_llama_folder

@@ -12,19 +12,20 @@ import numpy as np
 import pytest
 from llama_export.errors import LlamaExportError, UsageError
 from llama_export.progress import Silent
-from llama_export.runtime import choice, load, questions
-from llama_export.runtime import verify as verification
+from llama_export.runtime import choice, load
 from llama_export.runtime.bundle import Bundle
 from llama_export.runtime.choice import choose_backend, open_backend
-from llama_export.runtime.gates import limits_of
 from llama_export.runtime.generate import GenerationOptions
 from llama_export.runtime.onnx_nodes import Node, read_nodes, with_nodes
 from llama_export.runtime.ort_executors import BucketExecutor, onnxruntime_executor
+from llama_export.runtime.proof import questions
+from llama_export.runtime.proof import verify as verification
+from llama_export.runtime.proof.gates import limits_of
+from llama_export.runtime.proof.verdict import Verdict
+from llama_export.runtime.proof.verify import planned, verify
+from llama_export.runtime.proof.ways import BATCH
 from llama_export.runtime.requirements import parse_version
 from llama_export.runtime.session import LEAST
-from llama_export.runtime.verdict import Verdict
-from llama_export.runtime.verify import planned, verify
-from llama_export.runtime.ways import BATCH
 from support.tiny_bundle import random_llama, write_bundle
 from support.tiny_tensorrt import PRIMITIVE, STATIC, write_tensorrt_bundle
 

@@ -42,8 +42,8 @@ from llama_export.optimize.tensors import Blocks, SourceTensor
 from llama_export.optimize.trt.embedding import lower_embedding
 from llama_export.optimize.trt.linear import InputScale, lower_linears
 from llama_export.progress import Silent
-from llama_export.runtime.reference import WeightRecord, fingerprint
-from llama_export.runtime.weights import compare_weights
+from llama_export.runtime.proof.reference import WeightRecord, fingerprint
+from llama_export.runtime.proof.weights import compare_weights
 from onnx.reference import ReferenceEvaluator
 from support import faults
 
@@ -304,8 +304,8 @@ def test_numbers_that_are_none_are_told(format: Format, bad: float, tmp_path: Pa
 def test_panels_and_steps_join(format: Format, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(panels, "_PANEL", 64 * 64)
     monkeypatch.setattr("llama_export.export.write._STEP", 64 * 7)
-    monkeypatch.setattr("llama_export.runtime.weights._PANEL", 64 * 64)
-    monkeypatch.setattr("llama_export.runtime.weights._STEP_VALUES", 64 * 9)
+    monkeypatch.setattr("llama_export.runtime.proof.weights._PANEL", 64 * 64)
+    monkeypatch.setattr("llama_export.runtime.proof.weights._STEP_VALUES", 64 * 9)
     weight = source(WEIGHT, matrix(rows, 64))
     model = written(tmp_path, [weight], {WEIGHT: format})
     recorded = records(model, [weight])

@@ -14,15 +14,15 @@ import pytest
 from click.testing import CliRunner, Result
 from llama_export.cli import main
 from llama_export.progress import Silent
-from llama_export.runtime import verify as verification
 from llama_export.runtime.bundle import open_bundle, reference_file
-from llama_export.runtime.gates import limits_of
-from llama_export.runtime.reference import EXACT, Index
-from llama_export.runtime.reference_file import load
-from llama_export.runtime.reports.table import lines
-from llama_export.runtime.verdict import Case, Check, Gate, Verdict, to_json
-from llama_export.runtime.verify import planned, verify
-from llama_export.runtime.ways import BATCH, GREEDY, WAYS
+from llama_export.runtime.proof import verify as verification
+from llama_export.runtime.proof.gates import limits_of
+from llama_export.runtime.proof.reference import EXACT, Index
+from llama_export.runtime.proof.reference_file import load
+from llama_export.runtime.proof.reports.table import lines
+from llama_export.runtime.proof.verdict import Case, Check, Gate, Verdict, to_json
+from llama_export.runtime.proof.verify import planned, verify
+from llama_export.runtime.proof.ways import BATCH, GREEDY, WAYS
 from support import faults
 from support.checkpoints import GGUF_TYPES, PRECISIONS
 

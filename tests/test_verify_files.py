@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from llama_export.cli import main
 from llama_export.errors import LlamaExportError
 from llama_export.runtime.bundle import Bundle
-from llama_export.runtime.stored_numbers import bytes_at
+from llama_export.runtime.proof.stored_numbers import bytes_at
 from support.tiny_bundle import write_bundle
 
 pytest.importorskip("onnxruntime", reason="a bundle needs ONNX Runtime")

@@ -16,13 +16,13 @@ from llama_export.cli import main
 from llama_export.errors import LlamaExportError
 from llama_export.progress import Silent
 from llama_export.runtime import choice
-from llama_export.runtime import verify as verification
 from llama_export.runtime.bundle import Bundle, ModelRecord, seal
-from llama_export.runtime.reference import EXACT, ORIGINAL, Index, Logits, Reference
-from llama_export.runtime.reference_file import load_of_bundle, save
-from llama_export.runtime.replayers import GraphReplayer
-from llama_export.runtime.verdict import Verdict
-from llama_export.runtime.verify import verify
+from llama_export.runtime.proof import verify as verification
+from llama_export.runtime.proof.reference import EXACT, ORIGINAL, Index, Logits, Reference
+from llama_export.runtime.proof.reference_file import load_of_bundle, save
+from llama_export.runtime.proof.replayers import GraphReplayer
+from llama_export.runtime.proof.verdict import Verdict
+from llama_export.runtime.proof.verify import verify
 from support.tiny_bundle import random_llama
 from support.tiny_reference import MODEL_SHA256
 from support.tiny_tensorrt import PRIMITIVE, write_tensorrt_bundle

@@ -12,10 +12,10 @@ from llama_export.pipeline import build
 from llama_export.progress import Silent
 from llama_export.runtime import choice
 from llama_export.runtime.bundle import open_bundle
+from llama_export.runtime.proof.verify import verify
+from llama_export.runtime.proof.ways import WAYS
 from llama_export.runtime.requirements import parse_version
 from llama_export.runtime.session import LEAST
-from llama_export.runtime.verify import verify
-from llama_export.runtime.ways import WAYS
 from support.hf_models import write_llama_folder
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="bundles are verified with ONNX Runtime")

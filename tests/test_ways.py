@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from llama_export.runtime.bundle import Bundle
 from llama_export.runtime.choice import choose_backend, open_backend
-from llama_export.runtime.gates import limits_of
-from llama_export.runtime.judging import Judge, Question
-from llama_export.runtime.reference import Logits, Prompt, compress
-from llama_export.runtime.replayers import BackendReplayer, ExecutorReplayer, GraphReplayer
+from llama_export.runtime.proof.gates import limits_of
+from llama_export.runtime.proof.judging import Judge, Question
+from llama_export.runtime.proof.reference import Logits, Prompt, compress
+from llama_export.runtime.proof.replayers import BackendReplayer, ExecutorReplayer, GraphReplayer
+from llama_export.runtime.proof.ways import BATCH, CHUNKS, DECODE, GREEDY, ONE_PIECE, REWIND, WAYS, Text, why_not
 from llama_export.runtime.session import read_graph
-from llama_export.runtime.ways import BATCH, CHUNKS, DECODE, GREEDY, ONE_PIECE, REWIND, WAYS, Text, why_not
 from support.tiny_bundle import TinyLlama, random_llama, write_bundle
 from support.tiny_tensorrt import PRIMITIVE, STATIC, write_tensorrt_bundle
 

@@ -106,7 +106,7 @@ def test_what_both_have_is_not_on_the_list(name: str) -> None:
 
 def test_what_a_device_runs_is_all_found() -> None:
     must = "cli.py doctor.py inspection.py engine_report.py progress.py runtime/tensorrt/engine.py targets/host.py"
-    must += " targets/engine.py targets/engine_child.py targets/listing.py runtime/verify.py"
+    must += " targets/engine.py targets/engine_child.py targets/listing.py runtime/proof/verify.py"
     assert set(must.split()) <= DEVICE.keys()
     assert not {"pipeline.py", "export/destination.py", "export/write.py"} & DEVICE.keys()
 

@@ -15,8 +15,8 @@ from ...optimize.tensors import Int64
 from ...progress import Progress, Silent
 from ...runtime.bundle import CPU_PROVIDER, Bundle, reference_file
 from ...runtime.cpu_graph import rounds_activations
-from ...runtime.reference import EXACT, Index
-from ...runtime.reference_file import load_index
+from ...runtime.proof.reference import EXACT, Index
+from ...runtime.proof.reference_file import load_index
 from ...runtime.session import read_graph
 from ...runtime.threads import choose_threads
 from ..config import check_config, transformers_config

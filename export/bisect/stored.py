@@ -13,8 +13,8 @@ from ...optimize.graph import ROTARY_TABLES
 from ...optimize.tensors import Float32
 from ...progress import Progress
 from ...runtime.bundle import Bundle
-from ...runtime.reference import Index, WeightRecord
-from ...runtime.weights import StoredTensors, WeightDifference, compare_weights
+from ...runtime.proof.reference import Index, WeightRecord
+from ...runtime.proof.weights import StoredTensors, WeightDifference, compare_weights
 from ..rotary import rotary_tables
 from .finding import STORED, WEIGHTS_PASS, Row
 from .weights import SourceWeights

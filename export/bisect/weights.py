@@ -18,8 +18,8 @@ from ...optimize.plan import plan_formats
 from ...optimize.quantise import stored_values
 from ...optimize.tensors import Float32, SourceTensor
 from ...runtime.bundle import Bundle
-from ...runtime.reference import WeightRecord
-from ...runtime.weights import StoredTensors
+from ...runtime.proof.reference import WeightRecord
+from ...runtime.proof.weights import StoredTensors
 from ..layerwise import Parts, cuts
 
 _DENSE = ("fp32", "fp16")

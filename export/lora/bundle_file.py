@@ -13,7 +13,7 @@ from ...errors import LlamaExportError
 from ...optimize.ort.low_rank import A_SUFFIX, B_SUFFIX, Slot
 from ...optimize.quantise import dense_format
 from ...runtime.bundle import adapter_file
-from ...runtime.reference import WeightRecord, fingerprint
+from ...runtime.proof.reference import WeightRecord, fingerprint
 from .peft_folder import Adapter
 
 _DATE = (1980, 1, 1, 0, 0, 0)  # the earliest that zip knows: the same adapter gives the same file

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 from llama_export.runtime.bundle import reference_file
-from llama_export.runtime.reference import EXACT, WeightRecord, fingerprint
-from llama_export.runtime.reference_file import load, save
+from llama_export.runtime.proof.reference import EXACT, WeightRecord, fingerprint
+from llama_export.runtime.proof.reference_file import load, save
 from onnx import helper, numpy_helper
 from support import faults
 

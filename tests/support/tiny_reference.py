@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from llama_export.runtime.bundle import reference_file
-from llama_export.runtime.reference import (
+from llama_export.runtime.proof.reference import (
     EXACT,
     ORIGINAL,
     SCHEMA_VERSION,
@@ -24,7 +24,7 @@ from llama_export.runtime.reference import (
     compress,
     fingerprint,
 )
-from llama_export.runtime.reference_file import save
+from llama_export.runtime.proof.reference_file import save
 from support.tiny_bundle import Array, TinyLlama, byte_tokenizer
 
 PROMPTS, CONTINUATION = (9, 5, 7), 6

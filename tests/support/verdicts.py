@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llama_export.runtime.verdict import Case, Check, Choice, Gate, LayerFigure, Moment, Verdict
+from llama_export.runtime.proof.verdict import Case, Check, Choice, Gate, LayerFigure, Moment, Verdict
 
 WAYS = ("one_piece", "chunks", "decode", "batch", "rewind")
 PROMPTS = ("short", "long", "非拉丁文字", "code")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .decode_json import decode
+from ..decode_json import decode
 from .parity import Comparison
 from .verdict import Gate
 from .ways import GREEDY

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import LlamaExportError
+from ....errors import LlamaExportError
 from .graph import OnnxFile, Port
 
 MOST_LAYERS = 1 << 12

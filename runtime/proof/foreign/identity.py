@@ -7,9 +7,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...errors import LlamaExportError
+from ....errors import LlamaExportError
+from ...text import Tokenizer
 from ..reference import Identity, Index, Prompt
-from ..text import Tokenizer
 from .folder import ForeignFolder
 
 _MOST_TOKENIZER_BYTES = 100_000_000

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import Float32, Float64, Int32
+from ..arrays import Float32, Float64, Int32
 
 SCHEMA_VERSION = 2
 EXACT, ORIGINAL = "exact", "original"

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..errors import LlamaExportError, UsageError
-from .bundle import Bundle
-from .choice import Choice
-from .cpu_graph import rounds_activations
+from ...errors import LlamaExportError, UsageError
+from ..bundle import Bundle
+from ..choice import Choice
+from ..cpu_graph import rounds_activations
+from ..session import import_onnxruntime
 from .gates import COST, ENGINE, FULL, HIDDEN, LAYERS, SHIPPED, Limits, limits_of
 from .hidden_states import hidden_values
 from .judging import MAX_KL, Question
 from .proofs import Proof
 from .reference import Reference
 from .replayers import most_rows
-from .session import import_onnxruntime
 from .ways import DECODE, WAYS, why_not
 
 ROUNDED = "rounded"

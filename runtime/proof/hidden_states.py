@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from .onnx_nodes import Node, read_nodes
-from .protobuf import block_field, fields_of
+from ..onnx_nodes import Node, read_nodes
+from ..protobuf import block_field, fields_of
 
 _NORM = re.compile(r"model\.(?:layers\.(\d{1,9})\.input_layernorm|norm)/")
 _MODEL_GRAPH, _GRAPH_OUTPUT, _VALUE_NAME = 7, 12, 1

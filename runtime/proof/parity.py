@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import Float32, Float64, Int64
+from ..arrays import Float32, Float64, Int64
 from .reference import Logits, logsumexp
 
 BEST = 5

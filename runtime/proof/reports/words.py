@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ...tables import plain
+from ....tables import plain
 from ..verdict import Case, Check, Gate, Verdict, number
 
 WAYS: Mapping[str, str] = {"one_piece": "one piece"}

@@ -17,14 +17,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import LlamaExportError
-from ..progress import Progress
-from .backend import OnnxRuntimeBackend
-from .bundle import Bundle, open_bundle
-from .choice import Choice, choose_backend, open_backend, open_rows
+from ...errors import LlamaExportError
+from ...progress import Progress
+from ..backend import OnnxRuntimeBackend
+from ..bundle import Bundle, open_bundle
+from ..choice import Choice, choose_backend, open_backend, open_rows
+from ..hashes import differing_files
+from ..sequence import Backend
+from ..session import engine_name, import_onnxruntime, read_graph
+from ..text import Tokenizer
+from ..threads import choose_threads
 from .foreign import is_foreign
 from .gates import FILES, LAYERS, WEIGHTS
-from .hashes import differing_files
 from .judging import Judge, Question, Read, told, whole
 from .layer_check import layer_figures, layer_gates
 from .proofs import Proof, proofs_of
@@ -32,17 +36,13 @@ from .questions import Plan, gates_of, named, plan_of, real_rows, require_origin
 from .reference import Logits, Reference, compress
 from .replayer import Replayer
 from .replayers import BackendReplayer, ExecutorReplayer, GraphReplayer
-from .sequence import Backend
-from .session import engine_name, import_onnxruntime, read_graph
-from .text import Tokenizer
-from .threads import choose_threads
 from .verdict import Check, Gate, Verdict
 from .verify_foreign import planned_foreign, verify_foreign
 from .ways import BATCH, ONE_PIECE, WAYS, Text
 from .weights import WeightDifference, compare_matrices, compare_weights
 
 if TYPE_CHECKING:
-    from .tensorrt import EngineFile
+    from ..tensorrt import EngineFile
 
 _TOLD = 5  # of the things that differ
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
-from ...errors import LlamaExportError
-from ..protobuf import Buffer, Field, fields_of, packed_of, text_of
+from ....errors import LlamaExportError
+from ...protobuf import Buffer, Field, fields_of, packed_of, text_of
 
 MOST_BYTES = 1 << 31
 """Of a file in the format of protobuf."""

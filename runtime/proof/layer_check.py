@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import Float32
+from ..arrays import Float32
 from .gates import HIDDEN, Limits
 from .reference import Reference
 from .replayer import Replayer

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from .arrays import Float32, Int64
+from ..arrays import Float32, Int64
 
 
 @dataclass(frozen=True)

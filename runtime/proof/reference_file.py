@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import LlamaExportError
-from .arrays import Float32
-from .bundle import reference_file
-from .decode_json import decode
-from .files import replace
-from .npz import read_array
+from ...errors import LlamaExportError
+from ..arrays import Float32
+from ..bundle import reference_file
+from ..decode_json import decode
+from ..files import replace
+from ..npz import read_array
 from .reference import SCHEMA_VERSION, TOP, Index, Layers, Logits, Reference, chosen_channels, sample_ids
 from .reference_checks import MOST_POSITIONS, index_problems, number_problems
 

@@ -15,10 +15,10 @@ from io import FileIO
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import LlamaExportError
-from .arrays import Float32
-from .bundle import DATA_FILE
-from .onnx_file import BITS, Initializer
+from ...errors import LlamaExportError
+from ..arrays import Float32
+from ..bundle import DATA_FILE
+from ..onnx_file import BITS, Initializer
 
 Numbers = npt.NDArray[np.generic]
 

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import LlamaExportError
-from .arrays import Float32
-from .bundle import DATA_FILE, GRAPH_FILE, Bundle
-from .onnx_file import BITS, Initializer
+from ...errors import LlamaExportError
+from ..arrays import Float32
+from ..bundle import DATA_FILE, GRAPH_FILE, Bundle
+from ..onnx_file import BITS, Initializer
+from ..session import read_graph, weight_places
 from .reference import GLOBAL, INDEX, ORDER, WeightRecord, fingerprint
-from .session import read_graph, weight_places
 from .stored_numbers import Numbers, Place, bytes_at
 
 _BLOCK = 32

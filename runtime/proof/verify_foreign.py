@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UsageError
-from ..progress import Progress
+from ...errors import UsageError
+from ...progress import Progress
+from ..text import Tokenizer
 from .foreign import ForeignFolder, ForeignReplayer, check_reference, open_foreign
 from .foreign.replayer import MOST_ROWS, takes_padding
 from .gates import COST, FULL, LAYERS, SHIPPED, Limits, limits_of
@@ -24,7 +25,6 @@ from .layer_check import layer_figures, layer_gates
 from .proofs import Proof
 from .reference import EXACT, ORIGINAL, Logits, Reference, compress
 from .reference_file import load
-from .text import Tokenizer
 from .verdict import Check, Verdict
 from .ways import ONE_PIECE, WAYS, why_not
 

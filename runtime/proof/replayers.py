@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..names import ORT
-from .adapters import adapter_inputs, adapter_named, load_adapter, no_adapter
-from .arrays import Float32, Int64
-from .bundle import Bundle, Shape
-from .executor import Executor
+from ...names import ORT
+from ..adapters import adapter_inputs, adapter_named, load_adapter, no_adapter
+from ..arrays import Float32, Int64
+from ..bundle import Bundle, Shape
+from ..executor import Executor
+from ..ort_executors import onnxruntime_executor
+from ..sequence import Backend
+from ..session import PAST, PRESENT, cache_names, engine_name, import_onnxruntime, one_sentence, open_session
+from ..threads import choose_threads
 from .hidden_states import hidden_values, with_outputs
-from .ort_executors import onnxruntime_executor
 from .replayer import CacheView
-from .sequence import Backend
-from .session import PAST, PRESENT, cache_names, engine_name, import_onnxruntime, one_sentence, open_session
-from .threads import choose_threads
 
 MOST_ROWS = 8
 _CACHE_BYTES = 1 << 29

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from .arrays import Float32
+from ..arrays import Float32
 from .replayer import Replayer
 
 ONE_PIECE, CHUNKS, DECODE, BATCH, REWIND, GREEDY = "one_piece", "chunks", "decode", "batch", "rewind", "greedy"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from ...tables import clipped, columns, width
+from ....tables import clipped, columns, width
 from ..verdict import Check, LayerFigure, Verdict, number
 from .words import WayRow, bound, brief, by_way, head, limit_of, one_line, outcome, place, run_names, way_name, whole
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import LlamaExportError
-from ..arrays import Float32, Int64
-from ..onnx_file import with_accuracy_level
+from ....errors import LlamaExportError
+from ...arrays import Float32, Int64
+from ...onnx_file import with_accuracy_level
+from ...session import one_sentence, onnxruntime_module
+from ...threads import choose_threads
 from ..replayer import CacheView
-from ..session import one_sentence, onnxruntime_module
-from ..threads import choose_threads
 from .folder import ForeignFolder
 from .graph import Port
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import LlamaExportError, UsageError, did_you_mean
-from .bundle import Bundle, reference_file
+from ...errors import LlamaExportError, UsageError, did_you_mean
+from ..bundle import Bundle, reference_file
+from ..text import Tokenizer
 from .reference import EXACT, KINDS, ORIGINAL, Index, Prompt, Reference
 from .reference_file import BUILD_AGAIN, load, load_of_bundle
-from .text import Tokenizer
 from .ways import Text
 
 _TOKENIZER = "tokenizer.json"

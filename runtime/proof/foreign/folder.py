@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import LlamaExportError, UsageError
-from ..bundle import MANIFEST, is_safe_name
+from ....errors import LlamaExportError, UsageError
+from ...bundle import MANIFEST, is_safe_name
 from .graph import read_onnx
 from .signature import Signature, signature
 
