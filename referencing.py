@@ -18,6 +18,7 @@ from .export.destination import signals_raise
 from .export.identity import check_same_model, identity_of, model_sha256, stored_type
 from .export.lora.merge import merged
 from .export.lora.peft_folder import WEIGHTS, Adapter
+from .export.memory import give_back
 from .export.prompts import CONTINUATION, Asked, built_in_prompts, prompts_of_file
 from .export.propose import propose
 from .export.prove import About, Proposed, prove, spread_layers
@@ -270,6 +271,7 @@ def _on_export(
     def open_graph() -> Replayer:
         build(wanted, progress)
         bundle = open_bundle(wanted.output)
+        give_back()
         return GraphReplayer(bundle, bundle.file(GRAPH_FILE).read_bytes(), physical_cores(), exact=True)
 
     return _Ground(_merged(source, adapters), sha256, context, context, open_graph)

@@ -26,6 +26,7 @@ from ..runtime.threads import physical_cores
 from .config import transformers_config
 from .identity import identity_of, stored_type
 from .lora.peft_folder import Adapter
+from .memory import give_back
 from .prompts import Asked, without_long
 from .propose import propose
 from .prove import About, Proposed, prove, spread_layers
@@ -110,6 +111,7 @@ class Recorder:
         # This takes no GPU: ONNX Runtime's CPU kernels run the same graph.
         bundle = Bundle(self.folder, replace(self.manifest, providers=(CPU_PROVIDER,)), manifest_sha256="")
         graph = (self.folder / GRAPH_FILE).read_bytes()
+        give_back()  # what the weights' writing freed; ONNX Runtime needs the most of all stages
         replayer = GraphReplayer(bundle, graph, physical_cores(), exact=True, adapter=adapter)
         return [Proposed(*pair) for pair in zip(prompts, propose(replayer, prompts), strict=True)]
 
