@@ -103,7 +103,7 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildRepor
         manifest = _manifest(plan)
         if options.reference:
             clock.stage("reference", "Recording what PyTorch computes")
-            _write_references(plan, prompts, written, folder, manifest, progress)
+            _write_references(plan, prompts, inputs, written, folder, manifest, progress)
         built = None
         if manifest.engine is not None:
             clock.stage("engine", f"Making engines for {plan.target.name}")
@@ -278,6 +278,7 @@ def _prompts(plan: BuildPlan, options: BuildOptions) -> Sequence[Asked]:
 def _write_references(
     plan: BuildPlan,
     prompts: Sequence[Asked],
+    inputs: Mapping[str, InputScale],
     written: _Written,
     folder: Path,
     manifest: Manifest,
@@ -288,7 +289,7 @@ def _write_references(
     from .runtime.proof.reference_file import save  # noqa: PLC0415
 
     recorder = Recorder(plan.source, folder, manifest, plan.sha256, prompts, tool_versions(), progress)
-    for kind, reference in recorder.model(written.placements, written.tables).items():
+    for kind, reference in recorder.model(written.placements, written.tables, inputs).items():
         save(reference, folder / reference_file(kind))
     for adapter in plan.beside:
         progress.stage(f"Recording what PyTorch computes with {adapter.name}")

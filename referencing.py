@@ -374,5 +374,5 @@ def _as_stored(reference: Reference, ground: _Ground, computed: Any) -> Referenc
                 f"{record.name} of the checkpoint is not what the bundle {ground.bundle.path} says it was made of; "
                 "build the bundle again."
             )
-    index = replace(reference.index, weights=stored.weights, tables=stored.tables)
+    index = replace(reference.index, weights=stored.weights, tables=stored.tables, inputs=stored.inputs)
     return replace(reference, index=index)

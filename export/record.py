@@ -18,9 +18,10 @@ from ..optimize.graph import ROTARY_TABLES
 from ..optimize.plan import column_orders
 from ..optimize.quantise import dense_format
 from ..optimize.shared.order_inputs import order_name
+from ..optimize.trt.linear import NO_INPUT_SCALES, InputScale
 from ..progress import Progress
 from ..runtime.bundle import CPU_PROVIDER, GRAPH_FILE, Bundle, Manifest
-from ..runtime.proof.reference import EXACT, INDEX, ORDER, Reference, WeightRecord, fingerprint
+from ..runtime.proof.reference import EXACT, INDEX, ORDER, InputRecord, Reference, WeightRecord, fingerprint
 from ..runtime.proof.replayers import GraphReplayer
 from ..runtime.threads import physical_cores
 from .config import transformers_config
@@ -56,12 +57,15 @@ class Recorder:
     progress: Progress
 
     def model(
-        self, placements: Mapping[str, Placement], tables: Mapping[str, npt.NDArray[np.generic]]
+        self,
+        placements: Mapping[str, Placement],
+        tables: Mapping[str, npt.NDArray[np.generic]],
+        inputs: Mapping[str, InputScale] = NO_INPUT_SCALES,
     ) -> dict[str, Reference]:
         """Both references of the model, by kind.
 
         placements: where each checkpoint tensor is stored, see `write.placements`. tables: the constants beside them in
-        the data file, see `write.tables_of`.
+        the data file, see `write.tables_of`. inputs: the scales that calibration found, by weight.
         """
         source = self.source
         formats = {name: placement.format for name, placement in placements.items()}
@@ -72,7 +76,8 @@ class Recorder:
         )
         config = transformers_config(source.config)
         constants = (*_tables(tables, config, self.manifest.limits.context), *_orders(source, formats))
-        return _with_weights(found, weights, constants)
+        rounded = (InputRecord(name, one.scale, one.dtype.name.lower()) for name, one in inputs.items())
+        return _with_weights(found, weights, constants, tuple(rounded))
 
     def adapter(
         self, adapter: Adapter, matrices: Sequence[WeightRecord], formats: Mapping[str, Format]
@@ -117,11 +122,17 @@ class Recorder:
 
 
 def _with_weights(
-    references: Mapping[str, Reference], weights: tuple[WeightRecord, ...], tables: tuple[WeightRecord, ...]
+    references: Mapping[str, Reference],
+    weights: tuple[WeightRecord, ...],
+    tables: tuple[WeightRecord, ...],
+    inputs: tuple[InputRecord, ...] = (),
 ) -> dict[str, Reference]:
     """The exact reference with the records of what is stored."""
     exact = references[EXACT]
-    return {**references, EXACT: replace(exact, index=replace(exact.index, weights=weights, tables=tables))}
+    return {
+        **references,
+        EXACT: replace(exact, index=replace(exact.index, weights=weights, tables=tables, inputs=inputs)),
+    }
 
 
 def _weights(name: str, source: Source, placement: Placement, exact: Computed) -> Iterator[WeightRecord]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import LlamaExportError
@@ -17,7 +18,7 @@ _MODEL_GRAPH = 7
 _GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
 _NODE_ATTRIBUTE = 5
 _ATTRIBUTE_NAME, _ATTRIBUTE_INT = 1, 3
-_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 1, 2, 8, 13, 14
+_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 1, 2, 8, 9, 13, 14
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 
 _DTYPES = {
@@ -62,15 +63,35 @@ def external_initializers(model: bytes, data_size: int) -> dict[str, Initializer
     shape says, and when any other tensor (of a constant, an inner graph, a function) lies outside of the model.
     """
     found = {}
-    for graph in messages_of(model, 0, len(model), _MODEL_GRAPH):
-        for field in messages_of(model, graph.start, graph.stop, _GRAPH_INITIALIZER):
-            initializer = _initializer(model, field, data_size)
-            if initializer is not None:
-                found[initializer.name] = initializer
+    for field in _initializers(model):
+        initializer = _initializer(model, field, data_size)
+        if initializer is not None:
+            found[initializer.name] = initializer
     if model.count(b"location") != len(found):  # the key that every tensor in a file has, wherever it is nested
         raise LlamaExportError(
             f"{GRAPH_FILE} keeps tensors in files that are no initializers of its graph; build the bundle again."
         )
+    return found
+
+
+def inline_scalars(model: bytes) -> dict[str, tuple[str, bytes]]:
+    """The single numbers (initializers of no dimensions) that a serialized ModelProto holds itself, by name: dtype and
+    bytes, lowest first. Left out is what is not there exactly once and in one encoding, which readers could take
+    differently. Raises LlamaExportError when `model` is no protobuf message.
+    """
+    found: dict[str, tuple[str, bytes]] = {}
+    met: set[str] = set()
+    for tensor in _initializers(model):
+        fields = list(fields_of(model, tensor.start, tensor.stop))
+        parts = {field.number: field for field in fields}
+        name = text_of(model, parts[_TENSOR_NAME]) if _TENSOR_NAME in parts else ""
+        if name in met:
+            found.pop(name, None)
+        elif len(fields) == len(parts) and parts.keys() == {_TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW}:
+            dtype, raw = _DTYPES.get(parts[_TENSOR_TYPE].varint or 0), parts[_TENSOR_RAW]
+            if dtype is not None and raw.varint is None and (raw.stop - raw.start) * 8 == BITS[dtype]:
+                found[name] = dtype, model[raw.start : raw.stop]
+        met.add(name)
     return found
 
 
@@ -88,6 +109,11 @@ def with_accuracy_level(model: bytes, level: int) -> bytes:
                     raise LlamaExportError(f"{GRAPH_FILE} has an accuracy_level out of range; build the bundle again.")
                 changed[number.start] = level
     return bytes(changed)
+
+
+def _initializers(model: bytes) -> Iterator[Field]:
+    for graph in messages_of(model, 0, len(model), _MODEL_GRAPH):
+        yield from messages_of(model, graph.start, graph.stop, _GRAPH_INITIALIZER)
 
 
 def _initializer(model: bytes, tensor: Field, data_size: int) -> Initializer | None:

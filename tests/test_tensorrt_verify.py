@@ -71,7 +71,7 @@ def test_a_bundle_passes_and_says_what_computed_it(bundle: Bundle) -> None:
     verdict = verdict_of(bundle)
     assert verdict.passed
     assert verdict.backend == f"onnxruntime {onnxruntime.__version__} cpu"
-    assert [check.id for check in verdict.checks] == ["weights", "full", "shipped", "cost"]
+    assert [check.id for check in verdict.checks] == ["files", "weights", "full", "shipped", "cost"]
     assert verdict.notes == (f"ONNX Runtime computes on the CPU: {MISSING}",)
 
 
@@ -248,9 +248,9 @@ def test_a_device_without_onnxruntime_compares_its_engine_with_pytorch(
     monkeypatch.setattr(questions, "import_onnxruntime", missing)
     verdict = verdict_of(bundle)
     assert verdict.passed
-    assert [check.id for check in verdict.checks] == ["weights", "engine", "cost"]
-    assert verdict.checks[1].title.endswith("against PyTorch on the same stored weights")
-    assert verdict.checks[1].details[-1] == "ONNX Runtime cannot be imported; install it."
+    assert [check.id for check in verdict.checks] == ["files", "weights", "engine", "cost"]
+    assert verdict.checks[2].title.endswith("against PyTorch on the same stored weights")
+    assert verdict.checks[2].details[-1] == "ONNX Runtime cannot be imported; install it."
 
 
 def test_an_engine_for_several_texts_is_asked_for_them_together(
@@ -258,7 +258,8 @@ def test_an_engine_for_several_texts_is_asked_for_them_together(
 ) -> None:
     rows = 3
     limits = replace(bundle.manifest.limits, batch=rows)
-    batched = replace(bundle, manifest=replace(bundle.manifest, limits=limits))
+    dialect = bundle.manifest.dialect
+    batched = write_tensorrt_bundle(tmp_path, dialect, LLAMA, dtype="float16", reference=True, limits=limits)
     Engine(monkeypatch, batched)
     monkeypatch.setattr(
         verification, "open_rows", lambda own, _, count: onnxruntime_executor(own, rows=count, threads=1)

@@ -72,6 +72,17 @@ class WeightRecord:
 
 
 @dataclass(frozen=True)
+class InputRecord:
+    """How what a projection reads is rounded, as calibration found: to `scale` times a number of `dtype`, which is
+    "int8" or "float8e4m3fn". name: of the projection's weight among the checkpoint's tensors. scale: float16 holds it.
+    """
+
+    name: str
+    scale: float
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Identity:
     """Which model a reference is of. model_sha256: of the checkpoint, as its manifest's `model.sha256`;
     tokenizer_sha256: of tokenizer.json; the sizes as in the model's config.
@@ -93,7 +104,7 @@ class Index:
     of the bundle that an exact one is for. adapter: that is laid over the weights, None for none or merged ones.
     weights, tables: of an exact one: the checkpoint's tensors, and what else the graph holds, such as cos and sin of
     the rotary embedding. layers: of which `Layers` keeps something. full: all logits are kept, `Logits.full`. tools:
-    versions of what computed them.
+    versions of what computed them. inputs: of an exact one, how the graph rounds what projections read, where it does.
     """
 
     schema_version: int
@@ -110,6 +121,7 @@ class Index:
     layers: tuple[int, ...]
     full: bool
     tools: Mapping[str, str]
+    inputs: tuple[InputRecord, ...] = ()
 
     @property
     def vocab(self) -> int:

@@ -40,6 +40,7 @@ def index_problems(index: Index) -> Iterator[str]:
     if index.kind == EXACT and not index.weights:
         yield "no weights"
     yield from _weight_problems(index)
+    yield from _input_problems(index)
 
 
 def _identity_problems(identity: Identity) -> Iterator[str]:
@@ -73,6 +74,14 @@ def _weight_problems(index: Index) -> Iterator[str]:
             yield f"a weight {weight.name!r} of an impossible shape"
         if not 0 <= weight.row <= _MAX_SIZE or not weight.norm >= 0 or not _SHA256.fullmatch(weight.sha256):
             yield f"a weight {weight.name!r} out of range"
+
+
+def _input_problems(index: Index) -> Iterator[str]:
+    if len({record.name for record in index.inputs}) != len(index.inputs):
+        yield "two scales for the input of one weight"
+    for record in index.inputs:
+        if not 0 < record.scale < math.inf:
+            yield f"a scale of the input of {record.name!r} out of range"
 
 
 def number_problems(reference: Reference) -> Iterator[str]:

@@ -23,12 +23,14 @@ from ..backend import OnnxRuntimeBackend
 from ..bundle import Bundle, open_bundle
 from ..choice import Choice, choose_backend, open_backend, open_rows
 from ..hashes import differing_files
+from ..recipe import read_recipe
 from ..sequence import Backend
 from ..session import engine_name, import_onnxruntime, read_graph
 from ..text import Tokenizer
 from ..threads import choose_threads
 from .foreign import is_foreign
 from .gates import FILES, LAYERS, WEIGHTS
+from .input_scales import InputDifference, compare_inputs
 from .judging import Judge, Question, Read, told, whole
 from .layer_check import layer_figures, layer_gates
 from .proofs import Proof, proofs_of
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from ..tensorrt import EngineFile
 
 _TOLD = 5  # of the things that differ
+_DIFFERENT, _RECIPE = "different", "recipe"
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def planned(
     proofs = proofs_of(bundle, references, any_model=any_model)
     require_original(proofs, max_kl)
     graph = read_graph(bundle)
-    found = [(FILES, "", "", "different")] if check_hashes else []
+    found = [(FILES, "", "", figure) for figure in _asked_of_files(bundle, check_hashes)]
     for proof in proofs:
         found += gates_of(plan_of(bundle, proof, choice, graph, max_kl))
     return tuple(PlannedGate(*gate) for gate in found)
@@ -121,9 +124,9 @@ def verify(
     checks: list[Check] = []
     proofs: tuple[Proof, ...] = ()
     try:
-        if check_hashes:
-            progress.stage("Checking the files' hashes")
-            checks.append(_files(bundle))
+        if asked := _asked_of_files(bundle, check_hashes):
+            progress.stage("Checking the files")
+            checks.append(_files(bundle, asked))
         proofs = proofs_of(bundle, references, any_model=any_model)
         require_original(proofs, max_kl)
         for check in run.checks(proofs):
@@ -165,7 +168,7 @@ class _Run:
             self.untold += plan.untold
             if plan.weights and proof.adapter is None:
                 self._begin(WEIGHTS, "Comparing the stored weights")
-                yield _weights(self.bundle, plan, self.progress, self.threads)
+                yield _weights(self.bundle, graph, plan, self.progress, self.threads)
             elif plan.weights:
                 # An adapter's matrices are read into the graph's inputs, and compared there.
                 backend = backend or self._open()
@@ -309,21 +312,45 @@ def _largest(expected: Sequence[Logits]) -> float:
     return max(float(np.abs(logits.top_logits).max(initial=0)) for logits in expected)
 
 
-def _files(bundle: Bundle) -> Check:
-    different = differing_files(bundle)
-    told = tuple(different.values())[:_TOLD]
-    gate = Gate("different", "files that differ from the manifest", len(different), 0)
-    return Check(FILES, "Files", whole([gate]), told)
+def _asked_of_files(bundle: Bundle, hashed: bool) -> tuple[str, ...]:
+    """The figures: hashes, if they are asked for, and the recipe of engines, which nothing else on a CPU reads."""
+    figures = {_DIFFERENT: hashed, _RECIPE: bundle.manifest.engine is not None}
+    return tuple(figure for figure, asked in figures.items() if asked)
 
 
-def _weights(bundle: Bundle, plan: Plan, progress: Progress, threads: int) -> Check:
+def _files(bundle: Bundle, asked: Sequence[str]) -> Check:
+    gates, told = [], []
+    if _DIFFERENT in asked:
+        different = differing_files(bundle)
+        told += list(different.values())[:_TOLD]
+        gates.append(Gate(_DIFFERENT, "files that differ from the manifest", len(different), 0))
+    if _RECIPE in asked:
+        wrong = _recipe_problem(bundle)
+        told += wrong
+        gates.append(Gate(_RECIPE, "recipes that do not follow from the manifest", len(wrong), 0))
+    return Check(FILES, "Files", whole(gates), tuple(told))
+
+
+def _recipe_problem(bundle: Bundle) -> list[str]:
+    """Why engines would not be built as the manifest says; nothing where they would."""
+    try:
+        read_recipe(bundle)
+    except LlamaExportError as error:
+        return [str(error)]
+    return []
+
+
+def _weights(bundle: Bundle, graph: bytes, plan: Plan, progress: Progress, threads: int) -> Check:
     def advance(done: int, total: int) -> None:
         progress.advance(4 * done, 4 * total)
 
     assert plan.proof.exact is not None
     began, index = time.perf_counter(), plan.proof.exact.index
     records = (*index.weights, *index.tables)
-    check = _stored(plan, "Stored weights", len(records), compare_weights(bundle, records, advance, threads))
+    different = compare_weights(bundle, records, advance, threads)
+    check = _stored(plan, "Stored weights", len(records), (*different, *compare_inputs(graph, index)))
+    if index.inputs:
+        check = replace(check, title=f"{check.title}, and the scales of {len(index.inputs)} rounded inputs")
     return replace(check, seconds=time.perf_counter() - began)
 
 
@@ -335,14 +362,10 @@ def _matrices(backend: Backend, plan: Plan) -> Check:
     return _stored(plan, title, len(records), compare_matrices(backend.matrices, records))
 
 
-def _stored(plan: Plan, title: str, tensors: int, different: list[WeightDifference]) -> Check:
-    told = [
-        f"{one.name}: the root of the sum of squares is {one.norm:.6g}, PyTorch's is {one.expected_norm:.6g}"
-        for one in different[:_TOLD]
-    ]
+def _stored(plan: Plan, title: str, tensors: int, different: Sequence[WeightDifference | InputDifference]) -> Check:
     return Check(
         named(WEIGHTS, plan.proof.adapter),
         f"{title}, {tensors} tensors dequantised here and compared bit for bit",
         whole([Gate("different", "tensors that differ from PyTorch's", len(different), 0)]),
-        tuple(told),
+        tuple(one.told for one in different[:_TOLD]),
     )

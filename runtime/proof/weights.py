@@ -49,6 +49,11 @@ class WeightDifference:
     norm: float
     expected_norm: float
 
+    @property
+    def told(self) -> str:
+        """For people."""
+        return f"{self.name}: the root of the sum of squares is {self.norm:.6g}, PyTorch's is {self.expected_norm:.6g}"
+
 
 def compare_weights(
     bundle: Bundle, records: tuple[WeightRecord, ...], advance: Callable[[int, int], None], threads: int
