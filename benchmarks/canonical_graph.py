@@ -11,9 +11,10 @@ import onnxruntime
 from llama_export.export.canonical import canonical
 from llama_export.export.config import transformers_config
 from llama_export.export.source import Source, open_source
+from llama_export.progress import Silent
 from llama_export.runtime.arrays import Float32, Int64
 from llama_export.runtime.proof.gates import FULL, limits_of
-from llama_export.runtime.proof.judging import Judge, Question
+from llama_export.runtime.proof.judging import Judge, Question, by_prompt, replay
 from llama_export.runtime.proof.reference import Reference
 from llama_export.runtime.proof.replayer import CacheView
 from llama_export.runtime.proof.verdict import Case
@@ -69,11 +70,7 @@ def canonical_cases(model: Path, original: Reference, context: int, folder: Path
     replayer = CanonicalReplayer(open_source(str(model)), context, folder)
     names = tuple(prompt.name for prompt in index.prompts)
     question = Question(FULL, "The canonical graph against PyTorch", tuple(WAYS), names, limits_of(FULL, "float32"))
-    expected = [original.of_prompt(number) for number in range(len(names))]
-    largest = max(float(np.abs(logits.top_logits).max()) for logits in expected)
-    judge = Judge(question, index.prompts, expected, largest)
+    judge = Judge(question, index.prompts, by_prompt(original))
     texts = [Text(prompt.ids, prompt.prompt_tokens) for prompt in index.prompts]
-    for way, replay in WAYS.items():
-        for piece in replay(replayer, texts, context // 2):
-            judge.add(way, piece)
+    replay(replayer, texts, tuple(WAYS), context // 2, Silent(), [judge])
     return list(judge.cases(str))

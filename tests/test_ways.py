@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from llama_export.progress import Silent
 from llama_export.runtime.bundle import Bundle
 from llama_export.runtime.choice import choose_backend, open_backend
 from llama_export.runtime.proof.gates import limits_of
-from llama_export.runtime.proof.judging import Judge, Question
+from llama_export.runtime.proof.judging import Judge, Question, replay
 from llama_export.runtime.proof.reference import Logits, Prompt, compress
 from llama_export.runtime.proof.replayers import BackendReplayer, ExecutorReplayer, GraphReplayer
 from llama_export.runtime.proof.ways import BATCH, CHUNKS, DECODE, GREEDY, ONE_PIECE, REWIND, WAYS, Text, why_not
@@ -209,11 +210,8 @@ def failing(replayer: GraphReplayer, llama: TinyLlama, texts: Sequence[Text]) ->
     prompts = [Prompt(name, "", text.ids, text.prompt_tokens, 0) for name, text in zip(names, texts, strict=True)]
     expected: list[Logits] = [compress(logits) for logits in expected_of(llama, texts)]
     question = Question("full", "Q", tuple(WAYS), names, limits_of("full", "float32"))
-    largest = max(float(np.abs(one.top_logits).max()) for one in expected)
-    judge = Judge(question, prompts, expected, largest)
-    for way, go in WAYS.items():
-        for piece in go(replayer, texts, CHUNK):
-            judge.add(way, piece)
+    judge = Judge(question, prompts, expected)
+    replay(replayer, texts, tuple(WAYS), CHUNK, Silent(), [judge])
     return {case.way for case in judge.cases(str) if not case.passed}
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
+from ...progress import Progress
+from ..arrays import Float32
 from .gates import Limits
 from .parity import BEST, Comparison, compare
-from .reference import Logits, Prompt
+from .reference import Logits, Prompt, Reference, compress
+from .replayer import Replayer
 from .verdict import Case, Check, Choice, Gate, Moment
-from .ways import GREEDY, Piece
+from .ways import GREEDY, ONE_PIECE, WAYS, Piece, Text
 
 MAX_KL = "max_kl"
 """The figure of a user's own gate: the mean over all positions of what quantisation cost."""
@@ -45,13 +49,17 @@ class Question:
 
 @dataclass
 class Judge:
-    """Gathers the comparisons of one question. expected: the logits of each prompt; largest: their magnitude."""
+    """Gathers the comparisons of one question. expected: the logits of each prompt."""
 
     question: Question
     prompts: Sequence[Prompt]
     expected: Sequence[Logits]
-    largest: float
     parts: dict[tuple[str, int], list[tuple[int, Comparison]]] = field(default_factory=dict)
+
+    @cached_property
+    def largest(self) -> float:
+        """The magnitude of what is expected."""
+        return max(float(np.abs(logits.top_logits).max(initial=0)) for logits in self.expected)
 
     def add(self, way: str, piece: Piece) -> None:
         """Compare a piece, if the way is asked about."""
@@ -121,6 +129,51 @@ class Judge:
                 )
             )
         return tuple(moments)
+
+
+class Kept:
+    """What is kept of the logits of a run in one piece, to compare others with; for each text."""
+
+    def __init__(self, texts: Sequence[Text]) -> None:
+        self._parts: list[list[Logits]] = [[] for _ in texts]
+
+    def add(self, text: int, logits: Float32) -> None:
+        """Keep the next logits [n, vocab] of a text; those that are not finite are judged elsewhere."""
+        self._parts[text].append(compress(np.nan_to_num(logits)))
+
+    @property
+    def logits(self) -> list[Logits]:
+        return [Logits.joined(parts) for parts in self._parts]
+
+
+def by_prompt(reference: Reference) -> list[Logits]:
+    """The logits of each prompt."""
+    return [reference.of_prompt(number) for number in range(len(reference.index.prompts))]
+
+
+def ways_of(judges: Sequence[Judge]) -> list[str]:
+    """The ways that any of the questions is about, in order."""
+    return [way for way in WAYS if any(way in judge.question.ways for judge in judges)]
+
+
+def replay(
+    replayer: Replayer,
+    texts: Sequence[Text],
+    ways: Sequence[str],
+    chunk: int,
+    progress: Progress,
+    judges: Sequence[Judge] = (),
+    kept: Kept | None = None,
+) -> None:
+    """Go all ways once, for all judges; `kept` takes what comes of `ONE_PIECE`. chunk: tokens of a piece."""
+    for done, way in enumerate(ways):
+        progress.share(done / len(ways))
+        for piece in WAYS[way](replayer, texts, chunk):
+            if kept is not None and way == ONE_PIECE:
+                kept.add(piece.text, piece.logits)
+            for judge in judges:
+                judge.add(way, piece)
+    progress.share(1.0)
 
 
 def _choices(ids: Sequence[int], logits: Sequence[float], read: Read) -> tuple[Choice, ...]:

@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ...errors import LlamaExportError
 from ...progress import Progress
 from ..backend import OnnxRuntimeBackend
@@ -31,16 +29,16 @@ from ..threads import choose_threads
 from .foreign import is_foreign
 from .gates import FILES, LAYERS, WEIGHTS
 from .input_scales import InputDifference, compare_inputs
-from .judging import Judge, Question, Read, told, whole
+from .judging import Judge, Kept, Read, by_prompt, replay, told, ways_of, whole
 from .layer_check import layer_figures, layer_gates
 from .proofs import Proof, proofs_of
 from .questions import Plan, gates_of, named, plan_of, real_rows, require_original
-from .reference import Logits, Reference, compress
+from .reference import Logits
 from .replayer import Replayer
 from .replayers import BackendReplayer, ExecutorReplayer, GraphReplayer
 from .verdict import Check, Gate, Verdict
 from .verify_foreign import planned_foreign, verify_foreign
-from .ways import BATCH, ONE_PIECE, WAYS, Text
+from .ways import BATCH, ONE_PIECE, Text
 from .weights import WeightDifference, compare_matrices, compare_weights
 
 if TYPE_CHECKING:
@@ -196,11 +194,11 @@ class _Run:
         replayer = GraphReplayer(
             self.bundle, graph, self.threads, exact=True, adapter=proof.adapter, layers=plan.hidden
         )
-        kept = _Kept(proof.texts)
+        kept = Kept(proof.texts)
         if plan.full is None or proof.exact is None:
-            self._replay(replayer, proof.texts, (ONE_PIECE,), [], kept)
+            self._replay(replayer, proof.texts, (ONE_PIECE,), kept=kept)
             return kept.logits
-        judge = _judge(plan.full, proof.exact)
+        judge = Judge(plan.full, proof.prompts, by_prompt(proof.exact))
         self._replay(replayer, proof.texts, plan.full.ways, [judge], kept)
         yield replace(self._asked(judge), seconds=time.perf_counter() - began)
         if plan.layers is not None:
@@ -221,16 +219,15 @@ class _Run:
         proof, began = plan.proof, time.perf_counter()
         judges = []
         if plan.real is not None:
-            expected = kept or _by_prompt(proof.main)
-            judges.append(Judge(plan.real, proof.prompts, expected, _largest(expected)))
+            judges.append(Judge(plan.real, proof.prompts, kept or by_prompt(proof.main)))
         if plan.cost is not None and proof.original is not None:
-            judges.append(_judge(plan.cost, proof.original))
+            judges.append(Judge(plan.cost, proof.prompts, by_prompt(proof.original)))
         if not judges:
             return
         what = "the engine" if self.choice.engine else "the kernels that ship"
         self._begin(judges[0].question.id, f"Replaying with {what}{_with(proof)}")
         backend.use_adapter(proof.adapter)
-        ways = [way for way in WAYS if any(way in judge.question.ways for judge in judges)]
+        ways = ways_of(judges)
         self._replay(BackendReplayer(backend), proof.texts, [way for way in ways if way != BATCH], judges)
         if BATCH in ways:
             rows = real_rows(self.bundle, self.choice)
@@ -249,37 +246,14 @@ class _Run:
         replayer: Replayer,
         texts: Sequence[Text],
         ways: Sequence[str],
-        judges: Sequence[Judge],
-        kept: _Kept | None = None,
+        judges: Sequence[Judge] = (),
+        kept: Kept | None = None,
     ) -> None:
-        """Go all ways once; what is kept is of the first."""
-        chunk = self.bundle.manifest.limits.prefill_chunk
-        for done, way in enumerate(ways):
-            self.progress.share(done / len(ways))
-            for piece in WAYS[way](replayer, texts, chunk):
-                if kept is not None and way == ONE_PIECE:
-                    kept.add(piece.text, piece.logits)
-                for judge in judges:
-                    judge.add(way, piece)
-        self.progress.share(1.0)
+        replay(replayer, texts, ways, self.bundle.manifest.limits.prefill_chunk, self.progress, judges, kept)
 
     def _asked(self, judge: Judge) -> Check:
         question = judge.question
         return Check(question.id, question.title, tuple(judge.cases(self._read)), (*told(judge), *question.details))
-
-
-class _Kept:
-    """What is kept of a run's logits, for each text."""
-
-    def __init__(self, texts: Sequence[Text]) -> None:
-        self._parts: list[list[Logits]] = [[] for _ in texts]
-
-    def add(self, text: int, logits: np.ndarray) -> None:
-        self._parts[text].append(compress(np.nan_to_num(logits)))
-
-    @property
-    def logits(self) -> list[Logits]:
-        return [Logits.joined(parts) for parts in self._parts]
 
 
 def _onnxruntime(bundle: Bundle) -> str:
@@ -297,19 +271,6 @@ def _reader(bundle: Bundle) -> Read:
 
 def _with(proof: Proof) -> str:
     return "" if proof.adapter is None else f", with the adapter {proof.adapter}"
-
-
-def _by_prompt(reference: Reference) -> list[Logits]:
-    return [reference.of_prompt(number) for number in range(len(reference.index.prompts))]
-
-
-def _judge(question: Question, reference: Reference) -> Judge:
-    expected = _by_prompt(reference)
-    return Judge(question, reference.index.prompts, expected, _largest(expected))
-
-
-def _largest(expected: Sequence[Logits]) -> float:
-    return max(float(np.abs(logits.top_logits).max(initial=0)) for logits in expected)
 
 
 def _asked_of_files(bundle: Bundle, hashed: bool) -> tuple[str, ...]:

@@ -12,18 +12,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from ...errors import UsageError
 from ...progress import Progress
 from ..text import Tokenizer
 from .foreign import ForeignFolder, ForeignReplayer, check_reference, open_foreign
 from .foreign.replayer import MOST_ROWS, takes_padding
 from .gates import COST, FULL, LAYERS, SHIPPED, Limits, limits_of
-from .judging import MAX_KL, Judge, Question, Read, told, whole
+from .judging import MAX_KL, Judge, Kept, Question, Read, by_prompt, replay, told, ways_of, whole
 from .layer_check import layer_figures, layer_gates
 from .proofs import Proof
-from .reference import EXACT, ORIGINAL, Logits, Reference, compress
+from .reference import EXACT, ORIGINAL, Logits, Reference
 from .reference_file import load
 from .verdict import Check, Verdict
 from .ways import ONE_PIECE, WAYS, why_not
@@ -125,15 +123,13 @@ class _Run:
         self.name, self.notes = replayer.name, replayer.notes
         kernels = "full-precision kernels" if exact else "the kernels that ship"
         self.progress.stage(f"Replaying with {kernels}")
+        texts, chunk = plan.proof.texts, min(_CHUNK, replayer.chunk)
         if self.kept is None and any(one.own for one in plan.asked):
-            self.kept = self._one_piece(replayer)
+            kept = Kept(texts)
+            replay(replayer, texts, (ONE_PIECE,), chunk, self.progress, kept=kept)
+            self.kept = kept.logits
         judges = [self._judge(one) for one in asked]
-        ways = [way for way in WAYS if any(way in judge.question.ways for judge in judges)]
-        for done, way in enumerate(ways):
-            self.progress.share(done / len(ways))
-            for piece in WAYS[way](replayer, plan.proof.texts, min(_CHUNK, replayer.chunk)):
-                for judge in judges:
-                    judge.add(way, piece)
+        replay(replayer, texts, ways_of(judges), chunk, self.progress, judges)
         seconds, read = time.perf_counter() - began, _reader(plan.folder)
         for judge in judges:
             question = judge.question
@@ -154,20 +150,10 @@ class _Run:
         gates = whole(layer_gates(figures, limits))
         return Check(LAYERS, title, gates, details, figures, seconds=time.perf_counter() - began)
 
-    def _one_piece(self, replayer: ForeignReplayer) -> list[Logits]:
-        kept: dict[int, list[Logits]] = {}
-        for piece in WAYS[ONE_PIECE](replayer, self.plan.proof.texts, _CHUNK):
-            kept.setdefault(piece.text, []).append(compress(np.nan_to_num(piece.logits)))
-        return [Logits.joined(kept[number]) for number in range(len(kept))]
-
     def _judge(self, asked: _Asked) -> Judge:
         reference = self.plan.reference
-        prompts = reference.index.prompts
-        expected = [reference.of_prompt(number) for number in range(len(prompts))]
-        if asked.own and self.kept is not None:
-            expected = list(self.kept)
-        largest = max(float(np.abs(logits.top_logits).max(initial=0)) for logits in expected)
-        return Judge(asked.question, prompts, expected, largest)
+        expected = self.kept if asked.own and self.kept is not None else by_prompt(reference)
+        return Judge(asked.question, reference.index.prompts, expected)
 
 
 def _plan_of(path: Path, references: Sequence[Path], max_kl: float | None) -> _Plan:
