@@ -15,6 +15,7 @@ import onnx
 import pytest
 from llama_export.build_options import BuildOptions
 from llama_export.errors import LlamaExportError
+from llama_export.export.bisect import bisect
 from llama_export.export.calibrate import calibrate, input_scales
 from llama_export.export.calibration_text import calibration_text
 from llama_export.export.source import open_source
@@ -302,6 +303,16 @@ def test_a_reference_whose_scales_cannot_be_is_refused(bundle: Path, scale: floa
     assert problem == f"a scale of the input of {first.name!r} out of range"
     (problem,) = index_problems(replace(index, inputs=(first, *index.inputs)))
     assert problem == "two scales for the input of one weight"
+
+
+def test_a_bisection_names_it_too(bundle: Path) -> None:
+    assert bisect(open_bundle(bundle), threads=2).passed
+    number(f"{DOWN}.input_scale", lambda scale: 3 * scale)(bundle)
+    found = bisect(open_bundle(bundle), threads=2)
+    (row,) = found.failed
+    assert found.first == row
+    assert (row.layer, row.place, row.op) == (1, "mlp.down_proj.weight", "rounding of activations")
+    assert row.hint.endswith(" by calibration")
 
 
 # The recipe

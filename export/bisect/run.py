@@ -68,7 +68,7 @@ def bisect(
         dtype,
         config.num_hidden_layers,
         tuple(piece.count for piece in pieces),
-        0 if index is None else len(index.weights) + len(index.tables),
+        0 if index is None else len(index.weights) + len(index.tables) + len(index.inputs),
         tuple(rows),
         tuple(_notes(bundle, index)),
     )

@@ -13,8 +13,10 @@ from ...optimize.graph import ROTARY_TABLES
 from ...optimize.tensors import Float32
 from ...progress import Progress
 from ...runtime.bundle import Bundle
+from ...runtime.proof.input_scales import InputDifference, compare_inputs
 from ...runtime.proof.reference import Index, WeightRecord
 from ...runtime.proof.weights import StoredTensors, WeightDifference, compare_weights
+from ...runtime.session import read_graph
 from ..rotary import rotary_tables
 from .finding import STORED, WEIGHTS_PASS, Row
 from .weights import SourceWeights
@@ -33,14 +35,15 @@ def compare_stored(
     progress: Progress,
     threads: int,
 ) -> list[Row]:
-    """A row for each tensor that is not bit for bit as recorded. known: the right values, where a checkpoint is at
-    hand; those of the rotary tables follow from the config.
+    """A row for each tensor that is not bit for bit as recorded, and each input that is not rounded so. known: the
+    right values, where a checkpoint is at hand; those of the rotary tables follow from the config.
     """
     records = (*index.weights, *index.tables)
     differences = compare_weights(bundle, records, progress.advance, threads)
     stored = StoredTensors(bundle)
     return [
-        _row(difference, records, stored, _right(difference.name, bundle, config, known)) for difference in differences
+        *(_row(one, records, stored, _right(one.name, bundle, config, known)) for one in differences),
+        *map(_input_row, compare_inputs(read_graph(bundle), index)),
     ]
 
 
@@ -57,13 +60,22 @@ def _row(
     difference: WeightDifference, records: Sequence[WeightRecord], stored: StoredTensors, right: Rows | None
 ) -> Row:
     record = next(one for one in records if one.name == difference.name)
-    match = _LAYER.fullmatch(difference.name)
-    layer, place = (int(match[1]), match[2]) if match else (None, difference.name)
+    layer, place = _place(difference.name)
     initializers = ", ".join(dict.fromkeys(record.initializers.values()))
     hint = f"norm {difference.norm:.6g} instead of {difference.expected_norm:.6g}"
     if right is not None:
         hint = "; ".join(filter(None, (hint, _located(record, stored.rows(record), right))))
     return Row(WEIGHTS_PASS, layer, place, f"initializer {initializers}", STORED, 1.0, 0.0, hint, record.format)
+
+
+def _input_row(difference: InputDifference) -> Row:
+    layer, place = _place(difference.name)
+    return Row(WEIGHTS_PASS, layer, place, "rounding of activations", STORED, 1.0, 0.0, difference.problem)
+
+
+def _place(name: str) -> tuple[int | None, str]:
+    match = _LAYER.fullmatch(name)
+    return (int(match[1]), match[2]) if match else (None, name)
 
 
 def _located(record: WeightRecord, parts: Iterator[Float32], right: Rows) -> str:
