@@ -12,8 +12,8 @@ from .prompts import Asked
 
 _TOGETHER = 64
 """Tokens up to which prompts go through the graph as one batch, padded to the longest."""
-_LOGITS_BYTES = 1 << 25
-"""Of one call, which returns those of all tokens: 65 tokens of a vocabulary of 128,256."""
+_LOGITS_BYTES = 1 << 24
+"""Of one call, which returns those of all tokens: 32 tokens of a vocabulary of 128,256."""
 
 
 def propose(replayer: Replayer, prompts: Sequence[Asked]) -> list[tuple[int, ...]]:
