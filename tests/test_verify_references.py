@@ -161,7 +161,7 @@ def without(bundle: Bundle, kind: str) -> Bundle:
 def test_without_an_original_reference_the_price_is_not_told(bundle: Bundle) -> None:
     verdict = run(without(bundle, ORIGINAL))
     assert verdict.passed
-    assert [check.id for check in verdict.checks] == ["weights", "full", "shipped"]
+    assert [check.id for check in verdict.checks] == ["files", "weights", "full", "shipped"]
     result = call(bundle, "--max-kl", "0.1")
     assert result.exit_code == 2
     assert "there is no original reference to tell" in result.stderr
@@ -170,7 +170,7 @@ def test_without_an_original_reference_the_price_is_not_told(bundle: Bundle) -> 
 def test_without_an_exact_reference_that_is_said(bundle: Bundle) -> None:
     verdict = run(without(bundle, EXACT))
     assert verdict.passed
-    assert [check.id for check in verdict.checks] == ["shipped", "cost"]
+    assert [check.id for check in verdict.checks] == ["files", "shipped", "cost"]
     assert any(note.startswith("There is no exact reference") for note in verdict.notes)
 
 
