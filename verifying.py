@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ from .errors import LlamaExportError, UsageError
 from .names import SHORT_BACKENDS
 from .progress import Progress
 from .runtime.bundle import Bundle, open_bundle
-from .runtime.files import replace
+from .runtime.files import written_whole
 from .runtime.proof.foreign import is_foreign
 from .runtime.proof.reports.html import html_page
 from .runtime.proof.reports.junit import junit_xml
@@ -109,15 +107,11 @@ def report_of(path: Path, options: VerifyOptions, progress: Progress) -> Report:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all. Raises OSError, as of the file itself, when it cannot be written."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(text, encoding="utf-8", newline="\n")
-        replace(part, path)
+        with written_whole(path) as file:
+            file.write(text.encode())
     except OSError as error:
         raise type(error)(error.errno, error.strerror, str(path)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def _run(bundle: Bundle | Path, backend: str | None, options: VerifyOptions, progress: Progress) -> Verdict:

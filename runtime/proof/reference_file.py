@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import secrets
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -25,7 +23,7 @@ from ...errors import LlamaExportError
 from ..arrays import Float32
 from ..bundle import reference_file
 from ..decode_json import decode
-from ..files import replace
+from ..files import written_whole
 from ..npz import read_array
 from .reference import SCHEMA_VERSION, TOP, Index, Layers, Logits, Reference, chosen_channels, sample_ids
 from .reference_checks import MOST_POSITIONS, index_problems, number_problems
@@ -55,16 +53,8 @@ def save(reference: Reference, path: Path) -> None:
     Full logits are copied a few at a time, so that they may be a mapped file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
-    try:
-        with part.open("wb") as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                _write(archive, reference)
-            file.flush()
-            os.fsync(file.fileno())
-        replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with written_whole(path) as file, zipfile.ZipFile(file, "w") as archive:
+        _write(archive, reference)
 
 
 def load(path: Path, remedy: str = MAKE_AGAIN) -> Reference:
