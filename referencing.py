@@ -29,9 +29,9 @@ from .pipeline import build, tool_versions
 from .planning import open_adapters
 from .progress import Progress, Silent
 from .runtime.bundle import CPU_PROVIDER, GRAPH_FILE, AdapterRecord, Bundle, open_bundle
-from .runtime.hashing import sha256_of_all
+from .runtime.hashing import sha256_of
 from .runtime.proof.foreign import ForeignReplayer, check_reference, is_foreign, open_foreign
-from .runtime.proof.reference import EXACT, ORIGINAL, SCHEMA_VERSION, Index, Prompt, Reference
+from .runtime.proof.reference import EXACT, Index, Prompt, Reference
 from .runtime.proof.reference_file import load_index_of_bundle, save
 from .runtime.proof.replayer import Replayer
 from .runtime.proof.replayers import GraphReplayer
@@ -218,8 +218,7 @@ def _beside(bundle: Bundle, adapters: Sequence[Adapter]) -> Adapter | None:
 
 
 def _same_adapter(bundle: Bundle, adapter: Adapter, record: AdapterRecord) -> None:
-    file = adapter.path / WEIGHTS
-    if (sha256_of_all([file])[file], adapter.weight) != (record.sha256, record.weight):
+    if (sha256_of(adapter.path / WEIGHTS), adapter.weight) != (record.sha256, record.weight):
         raise LlamaExportError(
             f"The adapter {adapter.path} is another one than the {record.name} of the bundle {bundle.path}, or has "
             "another weight; name the one that the bundle was made with."
@@ -231,24 +230,8 @@ def _on_foreign(options: ReferenceOptions, source: Source, adapters: Sequence[Ad
     context = _context(options, folder.context, str(path))
 
     def check(prompts: Sequence[Asked]) -> None:
-        about = _about(source, sha256)
-        index = Index(
-            schema_version=SCHEMA_VERSION,
-            kind=ORIGINAL,
-            model_id=about.model_id,
-            revision=about.revision,
-            dtype=about.dtype,
-            precision=None,
-            adapter=None,
-            identity=about.identity,
-            prompts=tuple(Prompt(one.name, one.text, one.ids, len(one.ids), 0) for one in prompts),
-            weights=(),
-            tables=(),
-            layers=(),
-            full=False,
-            tools=about.tools,
-        )
-        check_reference(folder, index)
+        written = [Prompt(one.name, one.text, one.ids, len(one.ids), 0) for one in prompts]
+        check_reference(folder, identity_of(source, sha256), written, source.model_id)
 
     def open_graph() -> Replayer:
         return ForeignReplayer(folder, threads=physical_cores(), exact=True)
@@ -308,8 +291,7 @@ def _recorded(options: ReferenceOptions, ground: _Ground, scratch: Path, progres
     progress.stage("Recording what PyTorch computes")
     model = StreamedModel(transformers_config(source.config), source.tensors, ground.rope_context, (side,))
     full = {side.kind: scratch / "logits"} if options.full else None
-    about = _about(source, ground.sha256, ground)
-    references, computed = prove(model, about, proposals, layers, progress, full)
+    references, computed = prove(model, _about(ground), proposals, layers, progress, full)
     reference = references[side.kind]
     if side.kind == EXACT and ground.bundle is not None:
         reference = _as_stored(reference, ground, computed[EXACT].fingerprints)
@@ -323,16 +305,16 @@ def _proposals(ground: _Ground, prompts: Sequence[Asked], progress: Progress) ->
     return [Proposed(*pair) for pair in zip(prompts, propose(replayer, prompts), strict=True)]
 
 
-def _about(source: Source, sha256: str, ground: _Ground | None = None) -> About:
-    bundle = None if ground is None else ground.bundle
+def _about(ground: _Ground) -> About:
+    source, bundle = ground.source, ground.bundle
     return About(
         source.model_id,
         source.revision,
         stored_type(source),
-        identity_of(source, sha256),
+        identity_of(source, ground.sha256),
         tool_versions(),
         None if bundle is None else bundle.manifest.precision,
-        None if ground is None or ground.adapter is None else ground.adapter.name,
+        None if ground.adapter is None else ground.adapter.name,
     )
 
 

@@ -17,6 +17,7 @@ from llama_export.runtime.proof.foreign import (
     GENAI,
     ONNX,
     OPTIMUM,
+    ForeignFolder,
     ForeignReplayer,
     check_reference,
     is_foreign,
@@ -347,6 +348,10 @@ def index_of(*prompts: Prompt, **changes: Any) -> Index:
     return Index(**fields | changes)
 
 
+def checked(folder: ForeignFolder, index: Index) -> tuple[str, ...]:
+    return check_reference(folder, index.identity, index.prompts, index.model_id)
+
+
 def prompt(text: str = "ab ", *, special: bool = True, count: int = 8) -> Prompt:
     ids = tuple(byte_tokenizer().encode(text, add_special_tokens=special).ids)
     return Prompt("prose", text, (*ids, *range(count - len(ids))), len(ids), 0)
@@ -356,11 +361,11 @@ def test_a_reference_of_this_model(tmp_path: Path) -> None:
     folder = open_foreign(write_grouped(tmp_path / "folder", LLAMA))
     with_bos, without = prompt(), prompt(special=False)
     assert with_bos.ids[0] == BOS != without.ids[0]
-    assert check_reference(folder, index_of(with_bos, without)) == ()
+    assert checked(folder, index_of(with_bos, without)) == ()
     byte_tokenizer(bos=False).save(str(folder.path / "tokenizer.json"))
-    assert check_reference(folder, index_of(with_bos, without)) == ()
+    assert checked(folder, index_of(with_bos, without)) == ()
     cut = replace(without, text="ab and more")
-    assert check_reference(folder, index_of(cut)) == ()
+    assert checked(folder, index_of(cut)) == ()
 
 
 @pytest.mark.parametrize(
@@ -378,7 +383,7 @@ def test_a_reference_of_this_model(tmp_path: Path) -> None:
 def test_a_reference_of_another_model(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     folder = open_foreign(write_grouped(tmp_path / "folder", LLAMA))
     with pytest.raises(LlamaExportError) as caught:
-        check_reference(folder, index_of(**changes))
+        checked(folder, index_of(**changes))
     assert words in str(caught.value)
 
 
@@ -386,7 +391,7 @@ def test_without_a_tokenizer_that_is_told(tmp_path: Path) -> None:
     folder = write_grouped(tmp_path / "folder", LLAMA)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(LlamaExportError, match="not a tokenizer"):
-        check_reference(open_foreign(folder), index_of())
+        checked(open_foreign(folder), index_of())
     (folder / "tokenizer.json").unlink()
-    (told,) = check_reference(open_foreign(folder), index_of())
+    (told,) = checked(open_foreign(folder), index_of())
     assert "only the sizes" in told

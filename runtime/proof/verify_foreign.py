@@ -172,7 +172,7 @@ def _plan_of(path: Path, references: Sequence[Path], max_kl: float | None) -> _P
         )
     if max_kl is not None and not folder.quantised:
         raise UsageError(f"--max-kl limits what quantisation cost, and {folder.path} is not quantised; leave it out.")
-    notes = check_reference(folder, index)
+    notes = check_reference(folder, index.identity, index.prompts, index.model_id)
     names = tuple(prompt.name for prompt in index.prompts)
     asked = tuple(_quantised(folder, names) if folder.quantised else _plain(folder, names))
     inside = not folder.quantised and reference.layers is not None

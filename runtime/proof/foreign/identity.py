@@ -4,29 +4,32 @@ tokenizer.json again changes its hash.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ....errors import LlamaExportError
 from ...text import Tokenizer
-from ..reference import Identity, Index, Prompt
+from ..reference import Identity, Prompt
 from .folder import ForeignFolder
 
 _MOST_TOKENIZER_BYTES = 100_000_000
 _TOLD = 12
 
 
-def check_reference(folder: ForeignFolder, index: Index) -> tuple[str, ...]:
-    """Raise LlamaExportError, one sentence that names what differs, unless the reference can be of this model.
+def check_reference(
+    folder: ForeignFolder, identity: Identity, prompts: Sequence[Prompt], model_id: str
+) -> tuple[str, ...]:
+    """Raise LlamaExportError, one sentence that names what differs, unless a reference of these facts can be of this
+    model. identity, prompts, model_id: see `Index`.
 
     Returns what could not be compared, sentences for people. No graph runs.
     """
-    for what, found, expected in _sizes(folder, index.identity):
+    for what, found, expected in _sizes(folder, identity):
         raise LlamaExportError(
-            f"{folder.path} is of another model than {index.model_id}, which has {expected} {what} where it has "
+            f"{folder.path} is of another model than {model_id}, which has {expected} {what} where it has "
             f"{found}; make a reference of the model that was exported with `llama-export reference -m MODEL -o FILE`."
         )
-    longest = max(len(prompt.ids) for prompt in index.prompts)
+    longest = max(len(prompt.ids) for prompt in prompts)
     if longest > folder.context:
         raise LlamaExportError(
             f"The reference has a text of {longest} tokens, but {folder.path} has a context of {folder.context}; make "
@@ -35,8 +38,8 @@ def check_reference(folder: ForeignFolder, index: Index) -> tuple[str, ...]:
     if folder.tokenizer is None:
         return ("There is no tokenizer.json, so only the sizes tell that the reference is of this model.",)
     tokenizer = _load(folder.tokenizer)
-    for prompt in index.prompts:
-        _same_tokens(folder.tokenizer, tokenizer, prompt, index.model_id)
+    for prompt in prompts:
+        _same_tokens(folder.tokenizer, tokenizer, prompt, model_id)
     return ()
 
 
