@@ -178,6 +178,13 @@ class Breaking(GraphReplayer):
         return logits
 
 
+class Picking(GraphReplayer):
+    """Gives the logits after the first token where it is asked for those after the last one alone."""
+
+    def last(self, ids: Any, firsts: Sequence[int], counts: Sequence[int]) -> Any:
+        return super().last(ids, firsts, [1] * len(counts))
+
+
 def wrong(fault: Callable[[Any, Any, Any], tuple[Any, Any, Any]]) -> type[GraphReplayer]:
     return type("Planted", (Wrong,), {"fault": staticmethod(fault)})
 
@@ -189,6 +196,7 @@ FAULTS: dict[str, tuple[type[GraphReplayer], set[str]]] = {
     "logits of padded rows at the end": (Late, {BATCH}),
     "a rewind that is not noticed": (Forgetful, {REWIND}),
     "rows exchanged": (Mixing, {BATCH}),
+    "another position than the last": (Picking, {GREEDY}),
     "NaN once": (Breaking, {ONE_PIECE, CHUNKS, DECODE, REWIND}),
 }
 

@@ -43,5 +43,10 @@ class Replayer(Protocol):
         Raises LlamaExportError when the engine fails.
         """
 
+    def last(self, ids: Int64, firsts: Sequence[int], counts: Sequence[int]) -> Float32:
+        """As `run`, asking for no logits but those after each text's last token, as whoever writes text does: float32
+        [rows, vocab].
+        """
+
     def cache(self, layer: int) -> CacheView | None:
         """The cache of a layer as it is now; None where it cannot be read."""

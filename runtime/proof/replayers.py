@@ -73,6 +73,11 @@ class GraphReplayer:
         logits = self._rows.run(ids, np.asarray(firsts, np.int64), np.asarray(counts, np.int64))
         return logits.astype(np.float32, copy=False)
 
+    def last(self, ids: Int64, firsts: Sequence[int], counts: Sequence[int]) -> Float32:
+        """See `Replayer.last`."""
+        logits = self._rows.run(ids, np.asarray(firsts, np.int64), np.asarray(counts, np.int64), last=True)
+        return logits[:, 0].astype(np.float32, copy=False)
+
     def run_watched(self, ids: Int64, first: int) -> tuple[Float32, dict[int, Float32]]:
         """Run the next tokens [n] of one text; return the logits [n, vocab] and the hidden states [n, hidden] after
         each of the layers that were asked for, as far as the graph has them.
@@ -113,6 +118,11 @@ class BackendReplayer:
             return self._backend.step(int(ids[0, 0]))[None, None]
         return self._backend.extend(ids[0, :count], keep=count)[None]
 
+    def last(self, ids: Int64, firsts: Sequence[int], counts: Sequence[int]) -> Float32:
+        """See `Replayer.last`."""
+        self._backend.rewind(firsts[0])
+        return self._backend.extend(ids[0, : counts[0]])
+
     def cache(self, layer: int) -> CacheView | None:
         """Not readable: it may lie on a GPU."""
 
@@ -132,10 +142,20 @@ class ExecutorReplayer:
 
     def run(self, ids: Int64, firsts: Sequence[int], counts: Sequence[int]) -> Float32:
         """See `Replayer.run`."""
-        spare = self._executor.rows - self._texts
-        every, starts = (np.concatenate([all_, all_[:1].repeat(spare, axis=0)]) for all_ in (ids, np.asarray(firsts)))
+        every, starts = self._filled(ids), self._filled(np.asarray(firsts))
         positions, kept = _places(starts, ids.shape[1])
-        return self._executor.run(np.ascontiguousarray(every), positions, kept)[: self._texts].copy()
+        return self._executor.run(every, positions, kept)[: self._texts].copy()
+
+    def last(self, ids: Int64, firsts: Sequence[int], counts: Sequence[int]) -> Float32:
+        """See `Replayer.last`."""
+        positions, _ = _places(self._filled(np.asarray(firsts)), ids.shape[1])
+        kept = self._filled(np.asarray(counts, np.int64)[:, None] - 1)
+        return self._executor.run(self._filled(ids), positions, kept)[: self._texts, 0].copy()
+
+    def _filled(self, rows: Int64) -> Int64:
+        """With the first row again for each that the executor has beyond the texts."""
+        spare = self._executor.rows - self._texts
+        return np.ascontiguousarray(np.concatenate([rows, rows[:1].repeat(spare, axis=0)]))
 
     def cache(self, layer: int) -> CacheView | None:
         """Not readable: it lies on a GPU."""
@@ -162,14 +182,16 @@ class _OrtRows:
         """See `Replayer.begin`."""
         self._past = dict.fromkeys(self._names, np.zeros((rows, *self._sizes), self._dtype))
 
-    def run(self, ids: Int64, firsts: Int64, counts: Int64) -> Float32:
-        """See `Replayer.run`. A row's first is told by how much of its mask is valid, at its end by zeros."""
+    def run(self, ids: Int64, firsts: Int64, counts: Int64, *, last: bool = False) -> Float32:
+        """See `Replayer.run`; last: [rows, 1, vocab] as `Replayer.last`. A row's first is told by how much of its mask
+        is valid, at its end by zeros.
+        """
         rows, count = ids.shape
         past = int(firsts.max())
         feeds = {
             "input_ids": ids,
             "attention_mask": (np.arange(past + count) < (firsts + counts)[:, None]).astype(np.int64),
-            "logits_to_keep": np.array([count], np.int64),
+            "logits_to_keep": np.array([1 if last else count], np.int64),
             **{PAST + name: np.ascontiguousarray(value[:, :, :past]) for name, value in self._past.items()},
             **self._adapter,
         }
@@ -182,7 +204,7 @@ class _OrtRows:
         self._past = dict(zip(self._names, present, strict=True))
         for row in range(rows):  # the graph keeps the last valid positions, which a padded row has fewer of
             valid = int(counts[row])
-            if valid < count:
+            if valid < count and not last:
                 logits[row, :valid] = logits[row, count - valid :].copy()
         return logits  # type: ignore[no-any-return]
 
@@ -218,10 +240,12 @@ class _StepRows:
         """See `Replayer.begin`."""
         self._executor.start(rows)
 
-    def run(self, ids: Int64, firsts: Int64, counts: Int64) -> Float32:
-        """See `Replayer.run`; padding is written behind the text, where what comes next overwrites it."""
+    def run(self, ids: Int64, firsts: Int64, counts: Int64, *, last: bool = False) -> Float32:
+        """See `Replayer.run`; last: [rows, 1, vocab] as `Replayer.last`. Padding is written behind the text, where what
+        comes next overwrites it.
+        """
         positions, kept = _places(firsts, ids.shape[1])
-        return self._executor.run(ids, positions, kept)
+        return self._executor.run(ids, positions, counts[:, None] - 1 if last else kept)
 
     def cache(self, layer: int) -> CacheView | None:
         """See `Replayer.cache`."""

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..arrays import Float32
+from ..arrays import Float32, Int64
 from .replayer import Replayer
 
 ONE_PIECE, CHUNKS, DECODE, BATCH, REWIND, GREEDY = "one_piece", "chunks", "decode", "batch", "rewind", "greedy"
@@ -142,8 +142,8 @@ def greedy(replayer: Replayer, texts: Sequence[Text], chunk: int) -> Iterator[Pi
     for group in _groups([text.prompt_tokens for text in texts], replayer):
         heads = [texts[number].ids[: texts[number].prompt_tokens] for number in group]
         chosen: dict[int, Piece] = {}
-        for piece in _prefilled(replayer, heads, group):
-            chosen[piece.text] = Piece(piece.text, piece.stop - 1, piece.stop, piece.logits[-1:].copy())
+        for number, head, row in zip(group, heads, _read(replayer, heads), strict=True):
+            chosen[number] = Piece(number, len(head) - 1, len(head), row[None].copy())
         while True:
             yield from chosen.values()
             going = {
@@ -174,13 +174,34 @@ def _prefilled(replayer: Replayer, heads: Sequence[Sequence[int]], group: Sequen
         text = Text(tuple(heads[0]), len(heads[0]))
         yield from _run(replayer, group[0], text, _cuts(0, len(text.ids), _room(replayer)))
         return
+    ids, counts = _padded(heads)
+    logits = replayer.run(ids, [0] * len(heads), counts)
+    for number, count, row in zip(group, counts, logits, strict=True):
+        yield Piece(number, 0, count, row[:count])
+
+
+def _read(replayer: Replayer, heads: Sequence[Sequence[int]]) -> Float32:
+    """The logits [rows, vocab] after the beginnings of all texts of a group, asked for alone: a graph that gives all
+    positions rightly may pick the wrong one.
+    """
+    replayer.begin(len(heads))
+    start = 0
+    if len(heads) == 1:
+        text = Text(tuple(heads[0]), len(heads[0]))
+        *before, start, _ = _cuts(0, len(text.ids), _room(replayer))
+        for _ in _run(replayer, 0, text, [*before, start]):
+            pass
+    ids, counts = _padded([head[start:] for head in heads])
+    return replayer.last(ids, [start] * len(heads), counts)
+
+
+def _padded(heads: Sequence[Sequence[int]]) -> tuple[Int64, list[int]]:
+    """ids [rows, n], with padding at the end, and how many of a row are its own."""
     counts = [len(head) for head in heads]
     ids = np.zeros((len(heads), max(counts)), np.int64)
     for row, head in enumerate(heads):
         ids[row, : len(head)] = head
-    logits = replayer.run(ids, [0] * len(heads), counts)
-    for number, count, row in zip(group, counts, logits, strict=True):
-        yield Piece(number, 0, count, row[:count])
+    return ids, counts
 
 
 def _groups(lengths: Sequence[int], replayer: Replayer) -> list[list[int]]:

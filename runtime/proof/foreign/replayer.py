@@ -62,6 +62,10 @@ class ForeignReplayer:
             return self._one_by_one(ids, firsts, counts)
         return self._call(ids, np.asarray(firsts, np.int64), np.asarray(counts, np.int64))
 
+    def last(self, ids: Int64, firsts: Sequence[int], counts: Sequence[int]) -> Float32:
+        """See `Replayer.last`; of all logits, as tools differ in what their graphs can be asked for."""
+        return self.run(ids, firsts, counts)[np.arange(len(counts)), np.asarray(counts) - 1]
+
     def cache(self, layer: int) -> CacheView:
         """See `Replayer.cache`."""
         return CacheView(self._in_order(self._past[2 * layer]), self._in_order(self._past[2 * layer + 1]))
