@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -11,9 +11,7 @@ import numpy.typing as npt
 import torch
 
 from ...errors import LlamaExportError
-from ...names import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
-from ...optimize import policy
-from ...optimize.formats import EMBEDDING, HEAD, Format, format_named
+from ...optimize.formats import EMBEDDING, HEAD, Format
 from ...optimize.plan import plan_formats
 from ...optimize.quantise import stored_values
 from ...optimize.tensors import Float32, SourceTensor
@@ -21,10 +19,9 @@ from ...runtime.bundle import Bundle
 from ...runtime.proof.reference import WeightRecord
 from ...runtime.proof.weights import StoredTensors
 from ..layerwise import Parts, cuts
+from ..recorded_formats import recorded_formats
 
 _DENSE = ("fp32", "fp16")
-_POLICIES = {ONNXRUNTIME: policy.ORT, TENSORRT: policy.TENSORRT, TENSORRT_RTX: policy.TENSORRT_RTX}
-"""By backend, for the signs of scales, which a format's name does not tell; all releases of TensorRT have the same."""
 
 
 class Weights(Protocol):
@@ -87,7 +84,6 @@ class SourceWeights:
     tensors: Mapping[str, SourceTensor]
     formats: Mapping[str, Format]
     scale_dtype: npt.DTypeLike
-
     told: str
 
     @property
@@ -121,27 +117,15 @@ def source_weights(
                 "it again without --no-reference."
             )
         return SourceWeights(tensors, plan_formats(tensors, precision), dtype, told)
-    signed = _POLICIES[bundle.manifest.backend].signed
-    formats = {
-        name: replace(format, positive=True) if format.block and format.bits not in signed else format
-        for name, format in _formats(tensors, records, model_id)
-    }
-    return SourceWeights(tensors, formats, dtype, told)
+    _refuse_other_tensors(tensors, records, model_id)
+    return SourceWeights(tensors, recorded_formats(records, bundle.manifest.backend, tensors), dtype, told)
 
 
-def _formats(
-    tensors: Mapping[str, SourceTensor], records: Sequence[WeightRecord], model_id: str
-) -> Iterator[tuple[str, Format]]:
-    recorded = {record.name: record for record in records}
+def _refuse_other_tensors(tensors: Mapping[str, SourceTensor], records: Sequence[WeightRecord], model_id: str) -> None:
+    recorded = {record.name: record.shape for record in records}
     for name in sorted(recorded.keys() | tensors.keys()):
-        if name not in recorded or name not in tensors or tensors[name].shape != recorded[name].shape:
+        if name not in recorded or name not in tensors or tensors[name].shape != recorded[name]:
             raise LlamaExportError(
                 f"{model_id} is not the model of this bundle, as {name} differs in shape or is in only one of them; "
                 "name the checkpoint that the bundle was built from."
             )
-        format = format_named(recorded[name].format)
-        if format is None:
-            raise LlamaExportError(
-                f"The reference names an unknown format {recorded[name].format!r}; upgrade llama-export."
-            )
-        yield name, format
