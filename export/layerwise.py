@@ -139,17 +139,22 @@ LAST_NORM = "model.norm.weight"
 @torch.no_grad()
 def last_norm(config: PreTrainedConfig, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`hidden` [..., hidden] after the norm that stands before the head."""
+    normed: torch.Tensor = norm_before_head(config, weight)(hidden)
+    return normed
+
+
+def norm_before_head(config: PreTrainedConfig, weight: torch.Tensor) -> torch.nn.Module:
+    """transformers' norm on `weight` [hidden], which it shares."""
     with torch.device("meta"):
         norm: torch.nn.Module = classes(config.model_type).norm(config.hidden_size, config.rms_norm_eps)
     norm.load_state_dict({"weight": weight}, assign=True)
-    normed: torch.Tensor = norm(hidden)
-    return normed
+    return norm
 
 
 def projections(index: int, layer: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     """The projections of decoder layer `index`, each with the checkpoint name of its weight."""
     for name in (*ATTENTION, *MLP):
-        yield f"model.layers.{index}.{name}.weight", layer.get_submodule(name)
+        yield layer_name(index, f"{name}.weight"), layer.get_submodule(name)
 
 
 def cuts(tensor: SourceTensor) -> Iterator[tuple[int, int]]:

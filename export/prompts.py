@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ CONTINUATION = 16
 
 _MOST_BYTES = 16 << 20
 """Of a file of prompts."""
+_USUAL = 48
+"""Tokens of a prompt that is no long one."""
 _DATE = "01 Jan 2025"
 """Told to chat templates that would otherwise put today's into a conversation: the same text every day."""
 
@@ -238,4 +240,4 @@ class _Encoder:
 
 def without_long(prompts: Sequence[Asked], most: int) -> tuple[Asked, ...]:
     """The first `most` prompts that are no longer than a usual one."""
-    return tuple(replace(one) for one in prompts if len(one.ids) <= 48)[:most]
+    return tuple(one for one in prompts if len(one.ids) <= _USUAL)[:most]

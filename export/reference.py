@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +53,7 @@ class Original:
 
     tensors: Mapping[str, SourceTensor]
     added: Mapping[str, LowRank] = field(default_factory=dict)
-    kind: str = ORIGINAL
+    kind: ClassVar[str] = ORIGINAL
 
     def rows(self, name: str, start: int, stop: int, read: Float32 | None) -> Float32:
         """Rows [start, stop) in float32. read: the checkpoint's, where they have been read."""
@@ -70,7 +71,7 @@ class Exact:
     formats: Mapping[str, Format]
     scale_dtype: npt.DTypeLike
     added: Mapping[str, LowRank] = field(default_factory=dict)
-    kind: str = EXACT
+    kind: ClassVar[str] = EXACT
 
     def rows(self, name: str, start: int, stop: int, read: Float32 | None) -> Float32:
         """As of `Original`."""

@@ -15,9 +15,9 @@ import onnx
 
 from ...errors import LlamaExportError
 from ...runtime.bundle import GRAPH_FILE, Shape
+from ...runtime.session import PRESENT
 from . import places as at
 
-PAST, PRESENT = "past_key_values.", "present."
 _PRODUCTS = ("MatMulNBits", "FusedMatMul", "MatMul")
 _SUM = 3
 """Which output of SkipSimplifiedLayerNormalization is the sum that it takes the norm of."""

@@ -139,10 +139,10 @@ class Bisection:
             "notes": list(self.notes),
         }
 
-    def _order(self, row: Row) -> tuple[int, int, int]:
+    def _order(self, row: Row) -> tuple[int, int]:
         if row.kind == STORED:
-            return (-2, -1 if row.layer is None else row.layer, 0)
-        return (*order_of(row.layer, row.place, self.layers), 0)
+            return -2, -1 if row.layer is None else row.layer
+        return order_of(row.layer, row.place, self.layers)
 
     def _clean_line(self) -> str:
         rows = [row for row in self.rows if row.kind in (LOCAL, GAIN)]

@@ -16,7 +16,7 @@ from ...progress import Progress, Silent
 from ...runtime.bundle import CPU_PROVIDER, Bundle, reference_file
 from ...runtime.cpu_graph import rounds_activations
 from ...runtime.proof.reference import EXACT, Index
-from ...runtime.proof.reference_file import load_index
+from ...runtime.proof.reference_file import BUILD_AGAIN, load_index
 from ...runtime.session import read_graph
 from ...runtime.threads import choose_threads
 from ..config import check_config, transformers_config
@@ -88,7 +88,7 @@ def cut(length: int) -> tuple[Piece, ...]:
 
 def _exact_index(bundle: Bundle) -> Index | None:
     path = bundle.path / reference_file(EXACT)
-    return load_index(path) if path.is_file() else None
+    return load_index(path, BUILD_AGAIN) if path.is_file() else None
 
 
 def _config(bundle: Bundle) -> PreTrainedConfig:

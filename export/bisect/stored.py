@@ -65,7 +65,7 @@ def _row(
     hint = f"norm {difference.norm:.6g} instead of {difference.expected_norm:.6g}"
     if right is not None:
         hint = "; ".join(filter(None, (hint, _located(record, stored.rows(record), right))))
-    return Row(WEIGHTS_PASS, layer, place, f"initializer {initializers}", STORED, 1.0, 0.0, hint, record.format)
+    return Row(WEIGHTS_PASS, layer, place, f"initializer {initializers}", STORED, 1.0, 0.0, hint)
 
 
 def _input_row(difference: InputDifference) -> Row:

@@ -15,8 +15,7 @@ from transformers import PreTrainedConfig
 from ...optimize.formats import HEAD
 from ...optimize.tensors import Float32, Int64
 from ...progress import Progress
-from ..families import classes
-from ..layerwise import LAST_NORM, Texts, decoder_layer, embedded
+from ..layerwise import LAST_NORM, Texts, decoder_layer, embedded, norm_before_head
 from ..rotary import frequencies, rotary_embedding
 from ..trace import window_of
 from . import places as at
@@ -129,9 +128,7 @@ class Walk:
 
     def _finish(self, hidden: torch.Tensor, outside: list[Shown], before: list[torch.Tensor]) -> None:
         """The last norm and the head."""
-        with torch.device("meta"):
-            norm = classes(self.config.model_type).norm(self.config.hidden_size, self.config.rms_norm_eps)
-        norm.load_state_dict({"weight": whole(self.weights, LAST_NORM)}, assign=True)
+        norm = norm_before_head(self.config, whole(self.weights, LAST_NORM))
         normed, limit = norm(hidden), cumulative_limit(self.config.num_hidden_layers, self.dtype)
         for piece, shown, given in zip(self.pieces, outside, before, strict=True):
             self._judge(piece, None, norm_result(at.NORM, norm, given, shown[at.NORM]))
@@ -151,11 +148,8 @@ class Walk:
 
     def _around(self, piece: Piece) -> Surroundings:
         rotary, like = rotary_embedding(self.config, self.context), torch.empty((), dtype=torch.float32)
-        positions, keys, window = (
-            torch.arange(piece.first, piece.stop),
-            torch.arange(piece.stop),
-            window_of(self.config),
-        )
+        positions, keys = torch.arange(piece.first, piece.stop), torch.arange(piece.stop)
+        window = window_of(self.config)
         visible = keys[None] <= positions[:, None]
         if window is not None:
             visible &= keys[None] > positions[:, None] - window

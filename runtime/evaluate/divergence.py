@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .likelihood import Float64, block_rows
+from ..arrays import Float64
+from .likelihood import block_rows
 
 Bools = npt.NDArray[np.bool_]
 

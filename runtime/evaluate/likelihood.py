@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..arrays import Float32
+from ..arrays import Float32, Float64
 from ..sequence import Backend
-
-Float64 = npt.NDArray[np.float64]
 
 SLICE_BYTES = 64 << 20
 """Of logits at once, in float32."""

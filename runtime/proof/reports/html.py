@@ -80,7 +80,7 @@ def _template() -> Template:
         head=head,
         way=way_name,
         shown=shown,
-        clip=lambda text: shown(text, _NAME),
+        clip=clip,
     )
     environment.globals["plots"] = plots
     return environment.from_string(files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8"))
