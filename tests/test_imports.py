@@ -29,7 +29,7 @@ _RECORDING = {
 # A bisection runs the graph with its inner values as outputs, and reads the weights as the device stores them.
 _BISECTING = {
     *("runtime.arrays", "runtime.cpu_graph", "runtime.recipe", "runtime.proof.reference_file"),
-    *("runtime.session", "runtime.proof.weights"),
+    *("runtime.session", "runtime.proof.weights", "runtime.proof.input_scales"),
 }
 
 # An evaluation knows the adapters of a bundle's original by the hashes in the manifest.
