@@ -13,8 +13,8 @@ from ..session import import_onnxruntime
 from .gates import COST, ENGINE, FULL, HIDDEN, LAYERS, SHIPPED, Limits, limits_of
 from .hidden_states import hidden_values
 from .judging import MAX_KL, Question
-from .proofs import Proof
 from .reference import Reference
+from .reference_choice import Proof
 from .replayers import most_rows
 from .ways import DECODE, WAYS, why_not
 

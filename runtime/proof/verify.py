@@ -31,9 +31,9 @@ from .gates import FILES, LAYERS, WEIGHTS
 from .input_scales import InputDifference, compare_inputs
 from .judging import Judge, Kept, Read, by_prompt, replay, told, ways_of, whole
 from .layer_check import layer_figures, layer_gates
-from .proofs import Proof, proofs_of
 from .questions import Plan, gates_of, named, plan_of, real_rows, require_original
 from .reference import Logits
+from .reference_choice import Proof, proofs_of
 from .replayer import Replayer
 from .replayers import BackendReplayer, ExecutorReplayer, GraphReplayer
 from .verdict import Check, Gate, Verdict

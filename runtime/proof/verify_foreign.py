@@ -20,8 +20,8 @@ from .foreign.replayer import MOST_ROWS, takes_padding
 from .gates import COST, FULL, LAYERS, SHIPPED, Limits, limits_of
 from .judging import MAX_KL, Judge, Kept, Question, Read, by_prompt, replay, told, ways_of, whole
 from .layer_check import layer_figures, layer_gates
-from .proofs import Proof
 from .reference import EXACT, ORIGINAL, Logits, Reference
+from .reference_choice import Proof
 from .reference_file import load
 from .verdict import Check, Verdict
 from .ways import ONE_PIECE, WAYS, why_not
