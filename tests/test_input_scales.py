@@ -22,11 +22,12 @@ from llama_export.export.source import open_source
 from llama_export.optimize.formats import FP8, INT8_ROW
 from llama_export.pipeline import build
 from llama_export.progress import Silent
+from llama_export.referencing import ReferenceOptions, make_reference
 from llama_export.runtime.bundle import RECIPE_FILE, open_bundle, reference_file
 from llama_export.runtime.proof.input_scales import compare_inputs
 from llama_export.runtime.proof.reference import EXACT, Index, InputRecord
 from llama_export.runtime.proof.reference_checks import index_problems
-from llama_export.runtime.proof.reference_file import load, load_index_of_bundle, save
+from llama_export.runtime.proof.reference_file import load, load_index, load_index_of_bundle, save
 from llama_export.runtime.proof.verdict import Verdict
 from llama_export.runtime.proof.verify import planned, verify
 from onnx import helper, numpy_helper
@@ -107,6 +108,15 @@ def test_what_calibration_found_is_recorded_and_held_to(kind: str, folder: Path,
     assert verdict.passed, verdict.failed
     check = next(check for check in verdict.checks if check.id == "weights")
     assert check.title.endswith(", and the scales of 15 rounded inputs")
+
+
+def test_a_reference_that_is_made_apart_has_them_too(folder: Path, bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "own.npz"
+    make_reference(ReferenceOptions(str(folder / "llama"), out, bundle=bundle, exact=True, new_tokens=2))
+    assert load_index(out).inputs == index_of(bundle).inputs
+    number(f"{DOWN}.input_scale", lambda scale: 3 * scale)(bundle)
+    verdict = verify(open_bundle(bundle), check_hashes=False, threads=2, progress=Silent(), references=[out])
+    assert "weights" in failed(verdict)
 
 
 def number(name: str, change: Callable[[Any], Any]) -> Fault:
