@@ -131,8 +131,9 @@ def verify(
 
     BUNDLE may be a folder that optimum or onnxruntime-genai exported, with --reference.
     """
-    from .verifying import VerifyOptions, backends_of, report_of, write_whole
+    from .verifying import VerifyOptions, backends_of, refuse_outputs, report_of, write_whole
 
+    refuse_outputs((json_file, junit, html))
     if options["bisect"]:
         need_extra("build", ("torch", "transformers", "onnx"), "Finding where a graph breaks")
     backends, check_hashes = backends_of(options.pop("backend")), not options.pop("no_hash")

@@ -105,9 +105,28 @@ def report_of(path: Path, options: VerifyOptions, progress: Progress) -> Report:
     return Report(tuple(verdicts), _bisected(bundle, options, progress) if options.bisect else None)
 
 
+def refuse_outputs(files: Sequence[Path | None]) -> None:
+    """Raise UsageError when reports could not be written to these files, None for none, once all has been computed."""
+    asked = [file for file in files if file is not None and str(file) != "-"]
+    for file in asked:
+        if file.is_dir():
+            raise UsageError(f"{file} is a folder; name the file that the report becomes.")
+        if not file.parent.is_dir():
+            raise UsageError(f"The folder of {file} is not there; make it, or name another file.")
+    plain = [file.resolve() for file in asked if file.is_file() or not file.exists()]
+    if len(set(plain)) < len(plain):
+        raise UsageError("Two of --json, --junit and --html name one file; name a file for each.")
+
+
 def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all. Raises OSError, as of the file itself, when it cannot be written."""
+    """Write a file whole or not at all; what a link leads to, and a device or a pipe as it is. Raises OSError, as of
+    the file itself, when it cannot be written.
+    """
+    path = path.resolve() if path.is_file() else path
     try:
+        if path.exists() and not path.is_file():  # renaming to it would put a file in its place
+            path.write_bytes(text.encode())
+            return
         with written_whole(path) as file:
             file.write(text.encode())
     except OSError as error:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from llama_export import verifying
 from llama_export.cli import main
 from llama_export.errors import LlamaExportError
 from llama_export.runtime.bundle import Bundle
@@ -58,12 +61,19 @@ def test_files_that_differ_are_counted_without_a_reference_too(bundle: Bundle) -
     assert verify(bundle).stdout.splitlines()[-1].startswith("FAILED: Files: files that differ from the manifest; ")
 
 
-def test_the_verdict_is_shown_even_where_it_cannot_be_written(bundle: Bundle, tmp_path: Path) -> None:
+def test_the_verdict_is_shown_even_where_it_cannot_be_written(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path) + ".part")
+
+    monkeypatch.setattr(verifying, "written_whole", full)
     damage(bundle)
-    result = verify(bundle, "--json", tmp_path / "absent" / "verdict.json")
+    result = verify(bundle, "--json", tmp_path / "verdict.json")
     assert result.exit_code == 1
     assert "FAILED: Files" in result.stdout
-    assert result.stderr.startswith("Error: No such file or directory: ")
+    assert "verdict.json" in result.stderr
+    assert ".part" not in result.stderr
 
 
 def test_another_dialect_is_told_before_anything_is_read(tmp_path: Path) -> None:
@@ -90,3 +100,32 @@ def test_reading_goes_on_until_all_is_there(tmp_path: Path, kind: Callable[[Path
         assert bytes_at(5, 100, file) == bytes(range(5, 105))
         with pytest.raises(LlamaExportError, match="became shorter while it was read"):
             bytes_at(190, 11, file)
+
+
+def test_reports_that_could_not_be_written_are_refused_before_anything_runs(bundle: Bundle, tmp_path: Path) -> None:
+    for options, said in (
+        (("--json", tmp_path), "is a folder"),
+        (("--html", tmp_path / "absent/x.html"), "is not there"),
+        (("--json", "x", "--junit", tmp_path / "x"), "name one file"),
+    ):
+        result = verify(bundle, *options)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert said in result.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_report_takes_the_place_of_no_device_or_link(bundle: Bundle, tmp_path: Path) -> None:
+    pipe, link, file = (tmp_path / name for name in ("pipe", "link", "file"))
+    os.mkfifo(pipe)
+    file.write_text("old")
+    link.symlink_to(file)
+    damage(bundle)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        verify(bundle, "--json", pipe, "--html", link)
+        assert pipe.is_fifo()
+        assert json.loads(os.read(reader, 1 << 16))["passed"] is False
+    finally:
+        os.close(reader)
+    assert link.is_symlink()
+    assert "<html" in file.read_text()
