@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .errors import LlamaExportError
 from .runtime.evaluate.choices import QuestionScore
 from .runtime.evaluate.intervals import Estimate, mean, quantile, wilson
 from .runtime.evaluate.questions import Question, forms_of
@@ -53,6 +54,17 @@ def _cells(figure: Figure) -> tuple[str, str, str]:
     return figure.label, figure.shown(found.value), f"({figure.shown(found.low)} to {figure.shown(found.high)})"
 
 
+def _perplexity(nll: float) -> float:
+    """Raises LlamaExportError where it is beyond all numbers, which no sound model's is."""
+    try:
+        return math.exp(nll)
+    except OverflowError as error:
+        raise LlamaExportError(
+            f"The loss of {nll:.3g} nats a token is too large for a perplexity; run `verify` on the bundle, which "
+            "tells whether it is at fault."
+        ) from error
+
+
 def of_text(
     about: Mapping[str, Any], tokens: Tokens, windows: Sequence[Window], scores: Sequence[WindowScore]
 ) -> Evaluation:
@@ -61,7 +73,7 @@ def of_text(
     nll = mean([score.nll for score in scores], counts)
     scored, size = sum(counts), sum(map(tokens.bytes_scored, windows))
     figures = [
-        Figure("perplexity", "perplexity", nll.mapped(math.exp), _digits(2)),
+        Figure("perplexity", "perplexity", nll.mapped(_perplexity), _digits(2)),
         Figure("nll", "loss, nats a token", nll, _digits(4)),
     ]
     if size:

@@ -204,6 +204,14 @@ def test_wrong_texts_and_options(
     assert said in refused(bundle, "--text", written(tmp_path / "text", content), *options)
 
 
+def test_a_loss_beyond_any_perplexity_is_one_sentence(tmp_path: Path) -> None:
+    llama = random_llama()
+    llama.weights["norm"] *= np.float32(1e6)
+    result = call("eval", write_bundle(tmp_path / "bundle", llama).path, "--text", written(tmp_path / "file", TEXT))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "too large for a perplexity" in result.stderr
+
+
 def test_what_is_to_be_read_must_be_named(bundle: Path, tmp_path: Path) -> None:
     assert "one of --text FILE and --tasks FILE" in refused(bundle)
     assert "There is no file" in refused(bundle, "--text", tmp_path / "none")

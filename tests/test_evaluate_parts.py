@@ -208,6 +208,13 @@ def test_a_ledger_remembers_its_items(tmp_path: Path, monkeypatch: pytest.Monkey
     assert Ledger({"what": "x"}, Silent()).found == 0
 
 
+def test_a_ledger_believes_no_number_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with Ledger({"what": "x"}, Silent()) as ledger:
+        ledger.append({"a": float("nan")})
+    assert Ledger({"what": "x"}, Silent()).found == 0
+
+
 @pytest.mark.parametrize(
     "tail",
     [b'{"item":2,"a', b'{"item":2}', b"\0" * 40, b'{"item":1}\n', b"[]\n", b'{"item":3}\n', b"[" * 100_000 + b"\n"],

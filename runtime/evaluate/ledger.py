@@ -100,7 +100,8 @@ def _line(value: Mapping[str, Any]) -> bytes:
 def _item(line: bytes, number: int) -> dict[str, Any] | None:
     """The item of a line, None where it is not whole or not the one with this number."""
     try:
-        item = json.loads(line) if line.endswith(b"\n") else None
+        # Nothing that was computed is NaN or infinite, which `int` raises ValueError for.
+        item = json.loads(line, parse_constant=int) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         return None
     return item if isinstance(item, dict) and item.get(_NUMBER) == number else None
