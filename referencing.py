@@ -157,6 +157,8 @@ def _checked_output(options: ReferenceOptions) -> Path:
     output = options.output.expanduser()
     if output.is_dir():
         raise UsageError(f"{output} is a folder; name the file that the reference becomes, such as {output / 'x.npz'}.")
+    if output.exists() and not output.is_file():
+        raise UsageError(f"{output} is no plain file; name another one.")
     if output.exists() and not options.force:
         raise UsageError(f"{output} is there already; pass --force to replace it, or name another file.")
     return output.absolute()
@@ -330,7 +332,7 @@ def _layers(asked: str | None, layers: int) -> tuple[int, ...]:
     if asked == "all":
         return tuple(range(layers))
     words = [word.strip() for word in asked.split(",")]
-    if not all(word.isascii() and word.isdecimal() and int(word) < layers for word in words):
+    if not {*words} <= {str(layer) for layer in range(layers)}:
         raise UsageError(f"--layers {asked} must be numbers from 0 to {layers - 1} with commas between them, or `all`.")
     return tuple(sorted({int(word) for word in words}))
 

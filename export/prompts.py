@@ -8,6 +8,7 @@ one prefill chunk.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -26,6 +27,7 @@ CONTINUATION = 16
 """Greedy tokens after a prompt of a user's file."""
 
 _MOST_BYTES = 16 << 20
+_SURROGATES = re.compile("[\ud800-\udfff]")
 """Of a file of prompts."""
 _USUAL = 48
 """Tokens of a prompt that is no long one."""
@@ -184,6 +186,8 @@ def _object(where: str, number: int, value: object) -> Text:
     name, text, messages = value.get("name", f"line {number}"), value.get("text"), value.get("messages")
     if not isinstance(name, str) or not name.strip():
         raise LlamaExportError(f"{where} has the name {name!r}, which must be a text of some characters.")
+    if _SURROGATES.search(name):
+        raise LlamaExportError(f"{where} has the name {name!r}, which is no Unicode text: half of a surrogate pair.")
     if (text is None) == (messages is None):
         raise LlamaExportError(f"{where} must have either `text` or `messages`.")
     if messages is None:

@@ -122,6 +122,7 @@ WRONG: dict[str, tuple[str, str | bytes, str]] = {
     "no messages": ("p.jsonl", '{"messages": []}', "no list of objects"),
     "messages that are texts": ("p.jsonl", '{"messages": ["a"]}', "no list of objects"),
     "half of a pair": ("p.jsonl", '{"text": "\\ud800"}', "surrogate pair"),
+    "half of a pair in a name": ("p.jsonl", '{"text": "a", "name": "\\ud800"}', "surrogate pair"),
     "a name twice": ("p.jsonl", '{"text": "a", "name": "x"}\n{"text": "b", "name": "x"}', "two prompts 'x'"),
     "a message that the template refuses": ("p.jsonl", '{"messages": [{"role": "user"}]}', "chat template"),
     "too long": ("p.txt", "word " * 100, "more than the context of 64"),

@@ -236,6 +236,8 @@ def test_with_a_bundle_it_is_what_the_bundle_holds(built: Callable[[str], Path],
 REFUSED: dict[str, tuple[list[str], str, int]] = {
     "exact without a bundle": (["--exact"], "name a bundle of ours with --bundle", 2),
     "a layer that is not there": (["--layers", "0,2"], "must be numbers from 0 to 1", 2),
+    "a layer of more digits than Python reads": (["--layers", "9" * 5000], "must be numbers from 0 to 1", 2),
+    "a device": (["--force", "-o", "/dev/null"], "is no plain file", 2),
     "layers in words": (["--layers", "first"], "must be numbers from 0 to 1", 2),
     "a context beyond the model": (["--context", "97"], "is more than the 96 tokens", 2),
     "no prompts": (["--prompts", "absent.txt"], "is not there", 2),
