@@ -59,6 +59,11 @@ class CanonicalReplayer:
         self._cache = dict(zip(self._cache, present, strict=True))
         return logits  # type: ignore[no-any-return]
 
+    def last(self, ids: Int64, firsts: Sequence[int], counts: Sequence[int]) -> Float32:
+        """See `Replayer.last`; this graph always gives all."""
+        logits: Float32 = self.run(ids, firsts, counts)[np.arange(len(counts)), np.asarray(counts) - 1]
+        return logits
+
     def cache(self, layer: int) -> CacheView:
         """See `Replayer.cache`."""
         return CacheView(*(self._cache[f"{_PAST}{layer}.{part}"] for part in ("key", "value")))

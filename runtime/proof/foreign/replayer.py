@@ -64,7 +64,8 @@ class ForeignReplayer:
 
     def last(self, ids: Int64, firsts: Sequence[int], counts: Sequence[int]) -> Float32:
         """See `Replayer.last`; of all logits, as tools differ in what their graphs can be asked for."""
-        return self.run(ids, firsts, counts)[np.arange(len(counts)), np.asarray(counts) - 1]
+        logits: Float32 = self.run(ids, firsts, counts)[np.arange(len(counts)), np.asarray(counts) - 1]
+        return logits
 
     def cache(self, layer: int) -> CacheView:
         """See `Replayer.cache`."""
