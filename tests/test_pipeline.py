@@ -97,6 +97,7 @@ def test_the_manifest_tells_the_truth(built: Built) -> None:
     }
     assert all(record["size"] == (bundle / name).stat().st_size for name, record in manifest["files"].items())
     assert manifest["schema_version"] == 1
+    assert len(manifest["model"].pop("sha256")) == 64
     assert manifest["model"] == {
         "id": "llama",
         "source": "folder",
