@@ -5,7 +5,8 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,21 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return None
     build_only = {"tomllib", *(package.name.replace("-", "_") for package in packages_by_extra()["build"])}
     return True if imported_packages(collection_path) & build_only else None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_trace_of_each_config() -> Iterator[None]:
+    """Builds in this process trace a config once, since that is most of their time; test_trace holds that every trace
+    of a config is the same.
+    """
+    if "llama_export.pipeline" not in sys.modules:  # nothing that is tested here builds
+        yield
+        return
+    from support.graphs import traced_once
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llama_export.export.canonical.canonical", traced_once)
+        yield
 
 
 @pytest.fixture(scope="session")

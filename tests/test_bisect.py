@@ -30,7 +30,9 @@ def built(folder: Path, variant: str, **options: Any) -> Path:
     changes = {**VARIANTS[variant], "vocab_size": 271}
     llama(**changes).save_pretrained(folder / "model")
     write_tokenizer(folder / "model", vocab=271)
-    build(BuildOptions(model=str(folder / "model"), output=folder / "bundle", context=64, **options))
+    (folder / "prompt.txt").write_text(TEXT[:40])  # one is enough: the bisection looks at the longest
+    given = {"context": 64, "prompts": folder / "prompt.txt", **options}
+    build(BuildOptions(model=str(folder / "model"), output=folder / "bundle", **given))
     return folder / "bundle"
 
 

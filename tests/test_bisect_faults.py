@@ -19,6 +19,9 @@ from support.hf_models import write_llama_folder
 
 Bundles = Callable[[str], Path]
 
+PROMPTS = "The old lighthouse keeper climbed the stairs\nEvery evening at dusk\n"
+"""Two, as many as it takes to read several at once: every fault is replayed on all of them."""
+
 KINDS = {
     "ort fp32": {"target": "cpu", "precision": "fp32"},
     "ort int4": {"target": "cpu", "precision": "int4"},
@@ -40,11 +43,13 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
     folder = tmp_path_factory.mktemp("bisected")
     write_llama_folder(folder / "llama", layers=3, hidden=96, heads=6, kv_heads=2, head_dim=16, ffn=160, vocab=323)
     write_weights_of_trained_size(folder / "llama")
+    (folder / "prompts.txt").write_text(PROMPTS)
 
     def bundle(kind: str) -> Path:
         path = folder / kind.replace(" ", "-")
         if not path.exists():
-            build(BuildOptions(model=str(folder / "llama"), output=path, context=64, **KINDS[kind]))
+            options = {"context": 64, "prompts": folder / "prompts.txt", **KINDS[kind]}
+            build(BuildOptions(model=str(folder / "llama"), output=path, **options))
         return path
 
     return bundle

@@ -52,6 +52,12 @@ def test_canonical_graph_is_made_of_standard_ops() -> None:
     assert not {"Concat", "Shape", "Slice", "ReduceMean", "Pow", "Identity", "Constant"} & set(found)
 
 
+def test_every_trace_of_a_config_is_the_same() -> None:
+    config = llama(**VARIANTS["biased"]).config
+    first, second = (ir.to_proto(graph) for graph in (canonical(config, context=64), traced_once(config)))
+    assert first.SerializeToString() == second.SerializeToString()
+
+
 @pytest.mark.parametrize("variant", ["biased", "yarn", "qwen2-window"])
 def test_stamped_graph_is_the_whole_trace(variant: str) -> None:
     config = llama(**VARIANTS[variant]).config
