@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from .cli_support import need_build_machine, need_extra
 from .errors import UsageError
-from .evaluation import Evaluation, of_questions, of_text
+from .evaluation_report import Evaluation, of_questions, of_text
 from .progress import Progress, Silent
 from .runtime.evaluate.choices import score_questions
 from .runtime.evaluate.inputs import TextFile, read_text

@@ -21,7 +21,7 @@ _ATTRIBUTE_NAME, _ATTRIBUTE_INT = 1, 3
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 1, 2, 8, 9, 13, 14
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 
-_DTYPES = {
+DTYPES = {
     1: "float32",
     2: "uint8",
     3: "int8",
@@ -88,7 +88,7 @@ def inline_scalars(model: bytes) -> dict[str, tuple[str, bytes]]:
         if name in met:
             found.pop(name, None)
         elif len(fields) == len(parts) and parts.keys() == {_TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW}:
-            dtype, raw = _DTYPES.get(parts[_TENSOR_TYPE].varint or 0), parts[_TENSOR_RAW]
+            dtype, raw = DTYPES.get(parts[_TENSOR_TYPE].varint or 0), parts[_TENSOR_RAW]
             if dtype is not None and raw.varint is None and (raw.stop - raw.start) * 8 == BITS[dtype]:
                 found[name] = dtype, model[raw.start : raw.stop]
         met.add(name)
@@ -132,7 +132,7 @@ def _initializer(model: bytes, tensor: Field, data_size: int) -> Initializer | N
             external[entry.get(_ENTRY_KEY, "")] = entry.get(_ENTRY_VALUE, "")
     if not outside and not external:
         return None
-    dtype, location = _DTYPES.get(type_number), external.get("location")
+    dtype, location = DTYPES.get(type_number), external.get("location")
     if location != DATA_FILE or dtype is None:
         raise LlamaExportError(
             f"{GRAPH_FILE} keeps {name!r} in {location!r} as type {type_number}, but a bundle keeps its weights in "

@@ -14,6 +14,7 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 from ....errors import LlamaExportError
+from ...onnx_file import DTYPES
 from ...protobuf import Buffer, Field, fields_of, packed_of, text_of
 
 MOST_BYTES = 1 << 31
@@ -43,11 +44,8 @@ _NODE_INPUT, _NODE_OP, _NODE_ATTRIBUTE, _ATTRIBUTE_NAME, _ATTRIBUTE_INT = 1, 4, 
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_EXTERNAL = 1, 2, 8, 13
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 
-DTYPES: Mapping[int, str] = {
-    **{1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 16: "bfloat16"},
-    **{17: "float8e4m3fn", 21: "uint4", 22: "int4", 23: "float4e2m1"},
-}
-"""TensorProto.DataType -> name."""
+_DTYPES: Mapping[int, str] = {**DTYPES, 9: "bool"}
+"""TensorProto.DataType -> name; also what no bundle has."""
 _DENSE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _STORED_BITS = {"uint8": 8, "int8": 8, "float8e4m3fn": 8, "uint4": 4, "int4": 4, "float4e2m1": 4}
 _BLOCKWISE = ("MatMulNBits", "GatherBlockQuantized")
@@ -164,7 +162,7 @@ def _port(found: _Found, value: Field) -> Port:
         for tensor in found.fields(one) if one.number == _VALUE_TYPE else ():
             for part in found.fields(tensor) if tensor.number == _TYPE_TENSOR else ():
                 if part.number == _ELEMENT:
-                    dtype = DTYPES.get(part.varint or 0, f"type {part.varint}")
+                    dtype = _DTYPES.get(part.varint or 0, f"type {part.varint}")
                 elif part.number == _SHAPE:
                     dims = [_dim(found, dim) for dim in found.fields(part) if dim.number == _DIM]
     return Port(name, dtype, tuple(dims))
@@ -195,7 +193,7 @@ def _tensor(found: _Found, tensor: Field) -> None:
         if one.number == _TENSOR_NAME:
             name = found.text(one)
         elif one.number == _TENSOR_TYPE:
-            dtype = DTYPES.get(one.varint or 0, "")
+            dtype = _DTYPES.get(one.varint or 0, "")
         elif one.number == _TENSOR_DIMS:
             dims += _dims(found, one)
         elif one.number == _TENSOR_EXTERNAL:
