@@ -24,7 +24,7 @@ from llama_export.export.source import open_source
 from llama_export.pipeline import build
 from llama_export.runtime import GenerationOptions, load
 from llama_export.runtime.backend import OnnxRuntimeBackend
-from llama_export.runtime.bundle import Bundle, Manifest, adapter_file, open_bundle, seal
+from llama_export.runtime.bundle import Bundle, Manifest, adapter_file, open_bundle, reference_file, seal
 from llama_export.runtime.proof.reference import EXACT
 from llama_export.runtime.proof.reference_file import load_index_of_bundle
 from llama_export.runtime.proof.verdict import Verdict
@@ -147,6 +147,17 @@ def test_every_adapter_is_verified(place: Path, precision: str, beside: Bundle) 
     names = [check.id for check in result.checks]
     for adapter in ("one", "two"):
         assert {f"{line}:{adapter}" for line in ("weights", "full", "shipped", "cost")} <= set(names)
+
+
+def test_what_no_reference_is_about_is_told(place: Path, beside: Bundle, tmp_path: Path) -> None:
+    assert not any("no reference" in note for note in verdict(beside).notes)
+    bare = built(place, "bare", RUNTIME, "one", "two:0.5", precision="fp32", reference=False)
+    found = verify(
+        bare, check_hashes=True, threads=2, progress=Silent(), references=[beside.file(reference_file(EXACT))]
+    )
+    assert found.passed
+    told = [note for note in found.notes if "no reference of the adapter" in note]
+    assert len(told) == len(bare.manifest.choices)
 
 
 def test_half_precision(place: Path) -> None:

@@ -85,6 +85,16 @@ def proofs_of(bundle: Bundle, files: Sequence[Path] = (), *, any_model: bool = F
     return tuple(found)
 
 
+def unproven(bundle: Bundle, proofs: Sequence[Proof]) -> Iterator[str]:
+    """What of the bundle no reference is about, sentences for people."""
+    proven = {proof.adapter for proof in proofs}
+    if None not in proven:
+        yield "There is no reference of the model without an adapter, so nothing computed so is compared."
+    for adapter in bundle.manifest.choices:
+        if adapter.name not in proven:
+            yield f"There is no reference of the adapter {adapter.name}, so nothing computed with it is compared."
+
+
 def _proofs(exact: _Given | None, original: _Given | None) -> Iterator[Proof]:
     first, second = (one.reference if one is not None else None for one in (exact, original))
     if first is not None and second is not None and _ids(first.index) != _ids(second.index):

@@ -33,7 +33,7 @@ from .judging import Judge, Kept, Read, by_prompt, replay, told, ways_of, whole
 from .layer_check import layer_figures, layer_gates
 from .questions import Plan, gates_of, named, plan_of, real_rows, require_original
 from .reference import Logits
-from .reference_choice import Proof, proofs_of
+from .reference_choice import Proof, proofs_of, unproven
 from .replayer import Replayer
 from .replayers import BackendReplayer, ExecutorReplayer, GraphReplayer
 from .verdict import Check, Gate, Verdict
@@ -127,6 +127,7 @@ def verify(
             checks.append(_files(bundle, asked))
         proofs = proofs_of(bundle, references, any_model=any_model)
         require_original(proofs, max_kl)
+        run.untold += unproven(bundle, proofs)
         for check in run.checks(proofs):
             checks.append(check)  # noqa: PERF402 (an error leaves those before it)
     except LlamaExportError as error:
