@@ -50,13 +50,18 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Of the verdicts: a bisection explains them, and judges nothing."""
-        return all(verdict.passed for verdict in self.verdicts)
+        """Every gate, and no place where the graph breaks: a bisection sees faults that no gate does."""
+        sound = self.bisection is None or self.bisection.passed
+        return sound and all(verdict.passed for verdict in self.verdicts)
 
     def lines(self) -> list[str]:
         """For people; the last line is the outcome."""
         told = table_lines(self.verdicts)
-        return told if self.bisection is None else [*self.bisection.lines(), "", *told]
+        if self.bisection is None:
+            return told
+        if not self.bisection.passed and all(verdict.passed for verdict in self.verdicts):
+            told[-1] = f"FAILED: {self.bisection.verdict}; no gate sees it"
+        return [*self.bisection.lines(), "", *told]
 
     def json(self) -> str:
         """For programs."""

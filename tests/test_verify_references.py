@@ -249,13 +249,6 @@ def test_backends_that_cannot_be_meant(names: str, message: str, bundle: Bundle)
     assert message in result.stderr
 
 
-def test_a_file_that_cannot_be_written_is_told_after_the_verdict(bundle: Bundle, tmp_path: Path) -> None:
-    result = call(bundle, "--html", tmp_path / "absent" / "verdict.html")
-    assert result.exit_code == 1
-    assert "passed" in result.stdout
-    assert "verdict.html" in result.stderr
-
-
 def test_a_backend_that_fails_is_one_sentence(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: Any) -> Any:
         raise LlamaExportError("The engine stopped.")
@@ -263,6 +256,13 @@ def test_a_backend_that_fails_is_one_sentence(bundle: Bundle, monkeypatch: pytes
     monkeypatch.setattr(verification.BackendReplayer, "run", failing)
     result = call(bundle)
     assert (result.exit_code, result.stderr) == (1, "Error: The engine stopped.\n")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_budget_that_is_no_number_is_refused(bundle: Bundle, value: str) -> None:
+    result = call(bundle, "--max-kl", value)
+    assert result.exit_code == 2
+    assert "--max-kl must be a number of nats" in result.stderr
 
 
 def test_an_index_is_what_tells_them_apart(bundle: Bundle) -> None:

@@ -31,6 +31,7 @@ EXPECTED = {
     ("runtime/bundle.py", "replace of a file"): "`seal`: bundles are made on Linux and macOS only",
     ("runtime/files.py", "replace of a file"): "the one that the others are sent to",
     ("runtime/npz.py", "open without encoding"): "of an archive: it gives bytes",
+    ("runtime/proof/reference_file.py", "open without encoding"): "of an archive: it gives bytes",
 }
 """Findings that are meant, and why."""
 

@@ -9,7 +9,6 @@ import numpy as np
 
 from ...errors import LlamaExportError, UsageError
 from ...progress import Progress
-from ..decode_json import decode
 from ..sequence import Backend
 from ..text import Tokenizer
 from .ledger import Ledger
@@ -70,7 +69,7 @@ def score_questions(
             )
         ledger.append({"log_p": log_p, "cut": encoded.cut})
         progress.count(number + 1, len(questions), done)
-    return [decode(QuestionScore, item, f"Question {item}") for item in ledger.items[: len(questions)]]
+    return ledger.read(QuestionScore, len(questions))
 
 
 def encode(question: Question, tokenizer: Tokenizer, begin: int | None, capacity: int) -> Encoded:

@@ -11,10 +11,14 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
+from ...errors import LlamaExportError
 from ...progress import Progress
+from ..decode_json import decode
 from ..hashes import cache_folder
+
+T = TypeVar("T")
 
 _SCHEMA_VERSION = 1
 _MAX_BYTES = 1 << 30
@@ -55,6 +59,14 @@ class Ledger:
             with self._kept():
                 self._file.write(line)
                 self._file.flush()
+
+    def read(self, cls: type[T], count: int) -> list[T]:
+        """The first `count` items as dataclasses. Raises LlamaExportError when one is not what a run has written."""
+        try:
+            return [decode(cls, item, f"{cls.__name__} {number}") for number, item in enumerate(self.items[:count])]
+        except LlamaExportError as error:
+            reason = str(error).removesuffix(".")
+            raise LlamaExportError(f"{self.path} was changed ({reason}); begin anew with --restart.") from error
 
     def _open(self, path: Path, head: Mapping[str, Any], *, restart: bool) -> None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

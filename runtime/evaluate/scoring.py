@@ -11,7 +11,6 @@ import numpy as np
 from ...errors import LlamaExportError
 from ...progress import Progress
 from ..arrays import Float32
-from ..decode_json import decode
 from ..sequence import Backend
 from .divergence import divergences
 from .ledger import Ledger
@@ -81,7 +80,7 @@ def score_windows(
             ledger.append({key: value for key, value in asdict(score).items() if key != "item"})
             behind = 0.0 if original is None else (len(group) - number - 1) / 2
             progress.count(item + 1 + behind, len(windows), done)
-    return [decode(WindowScore, item, f"Window {number}") for number, item in enumerate(ledger.items[: len(windows)])]
+    return ledger.read(WindowScore, len(windows))
 
 
 def _half(progress: Progress, begin: int, count: int, total: int, before: int) -> Callable[[float], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ...errors import UsageError
 from ..decode_json import decode
 from .parity import Comparison
 from .verdict import Gate
@@ -129,6 +131,12 @@ def all_limits() -> tuple[Limits, ...]:
     """Every table of `gates.toml`."""
     value: Any = tomllib.loads(files(__package__).joinpath("gates.toml").read_text(encoding="utf-8"))
     return tuple(decode(Limits, table, "gates.toml") for table in value["gates"])
+
+
+def check_budget(max_kl: float | None) -> None:
+    """Raise UsageError when the user's own limit of the mean KL divergence, in nats, is none."""
+    if max_kl is not None and not 0 <= max_kl < math.inf:
+        raise UsageError(f"--max-kl must be a number of nats from 0 on, such as 0.05, not {max_kl}.")
 
 
 def limits_of(line: str, setting: str) -> Limits:

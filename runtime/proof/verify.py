@@ -27,7 +27,7 @@ from ..session import engine_name, import_onnxruntime, read_graph
 from ..text import Tokenizer
 from ..threads import choose_threads
 from .foreign import is_foreign
-from .gates import FILES, LAYERS, WEIGHTS
+from .gates import FILES, LAYERS, WEIGHTS, check_budget
 from .input_scales import InputDifference, compare_inputs
 from .judging import Judge, Kept, Read, by_prompt, replay, told, ways_of, whole
 from .layer_check import layer_figures, layer_gates
@@ -73,6 +73,7 @@ def planned(
 
     Raises as `verify` does where that ends before anything runs.
     """
+    check_budget(max_kl)
     if not isinstance(bundle, Bundle) and is_foreign(bundle):
         return tuple(PlannedGate(*gate) for gate in planned_foreign(bundle, references, max_kl))
     bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
@@ -110,6 +111,7 @@ def verify(
     range, and LlamaExportError when the bundle cannot be compared at all: it needs another ONNX Runtime, or has no
     reference. Where files differ from the manifest, or a gate has failed before, that is the verdict.
     """
+    check_budget(max_kl)
     if not isinstance(bundle, Bundle) and is_foreign(bundle):
         return verify_foreign(bundle, references, threads=threads, progress=progress, max_kl=max_kl)
     bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)

@@ -133,13 +133,15 @@ def _careless(node: ast.AST) -> Iterator[str]:
 
 
 def device_modules(root: Path, commands: frozenset[str]) -> dict[str, Path]:
-    """Every module of the package that these commands import, wherever in a function, by name; and all of runtime."""
+    """Every module of the package that these commands import, wherever in a function, by name; and all of runtime. Not
+    those of export/, which `verify --bisect` takes and no device has the packages of.
+    """
     waiting = [*(root / "runtime").rglob("*.py"), root / "targets" / "engine_child.py", root / "__main__.py"]
     found: dict[str, Path] = {}
     while waiting:
         path = waiting.pop()
         name = path.relative_to(root).as_posix()
-        if name not in found:
+        if name not in found and not name.startswith("export/"):
             found[name] = path
             waiting.extend(_imported(root, path, commands if name == "cli.py" else None))
     return found
