@@ -68,9 +68,19 @@ def summary(described: dict[str, Any], verdict: dict[str, Any], answer: dict[str
 
 
 def check_text(check: dict[str, Any]) -> str:
-    """One question of the proof, and how many figures answered it; those of a verdict that passed are within limits."""
-    figures = sum(len(case["gates"]) for case in check["cases"])
-    return f"{check['title']}: {figures} {'figure' if figures == 1 else 'figures'} within limits"
+    """One question of the proof, and of the figures that answered it the one nearest to its limit."""
+    gates = [gate for case in check["cases"] for gate in case["gates"]]
+    worst = max(gates, key=share_of_limit)
+    bound = f"at {'least' if worst['at_least'] else 'most'} {worst['limit']:.3g}"
+    more = f", nearest to its limit of {len(gates)} figures" if len(gates) > 1 else ""
+    return f"{check['id']}: {worst['name']}: {worst['measured']:.3g} ({bound}){more}"
+
+
+def share_of_limit(gate: dict[str, Any]) -> float:
+    """1 at the limit, 0 where nothing differs."""
+    if gate["at_least"]:
+        return float((1 - gate["measured"]) / (1 - gate["limit"]))
+    return float(gate["measured"] / gate["limit"]) if gate["limit"] else 0.0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from .reference_file import BUILD_AGAIN, load, load_of_bundle
 from .ways import Text
 
 _TOKENIZER = "tokenizer.json"
+_NO_OTHER = ", and an exact reference is of one bundle's weights, whatever --any-model says"
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,9 @@ def _refuse_stranger(bundle: Bundle, given: _Given, any_model: bool) -> None:
     for problem in _problems(bundle, given.reference.index, any_model):
         if given.path is None:
             raise LlamaExportError(f"The reference inside {bundle.path} {problem}; build the bundle again.")
-        raise UsageError(f"{given.path} {problem}; make one with `llama-export reference --bundle {bundle.path}`.")
+        raise UsageError(
+            f"{given.path} {problem}; make one with `llama-export reference -m MODEL --bundle {bundle.path} -o FILE`."
+        )
 
 
 def _problems(bundle: Bundle, index: Index, any_model: bool) -> Iterator[str]:
@@ -130,7 +133,7 @@ def _problems(bundle: Bundle, index: Index, any_model: bool) -> Iterator[str]:
             yield (
                 f"is of another model, {index.model_id}, by its weights (SHA-256 {identity.model_sha256[:12]}..., "
                 f"{model.id} has {model.sha256[:12]}...)"
-                + ("" if index.kind == EXACT else "; --any-model allows another one with the same tokenizer")
+                + (_NO_OTHER if index.kind == EXACT else "; --any-model allows another one with the same tokenizer")
             )
         for what in ("layers", "hidden", "heads", "kv_heads"):
             if getattr(identity, what) != getattr(shape, what):

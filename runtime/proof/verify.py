@@ -34,6 +34,7 @@ from .layer_check import layer_figures, layer_gates
 from .questions import Plan, gates_of, named, plan_of, real_rows, require_original
 from .reference import Logits
 from .reference_choice import Proof, proofs_of, unproven
+from .reference_file import load_index
 from .replayer import Replayer
 from .replayers import BackendReplayer, ExecutorReplayer, GraphReplayer
 from .verdict import Check, Gate, Verdict
@@ -144,7 +145,7 @@ def verify(
         checks=tuple(checks),
         seconds=time.perf_counter() - began,
         longest=max((len(prompt.ids) for proof in proofs for prompt in proof.prompts), default=0),
-        notes=(*run.notes, *dict.fromkeys(run.untold)),
+        notes=(*run.notes, *_given(references), *dict.fromkeys(run.untold)),
         engine=used,
     )
 
@@ -262,6 +263,16 @@ class _Run:
 def _onnxruntime(bundle: Bundle) -> str:
     """Its name; raises LlamaExportError as `import_onnxruntime` does."""
     return engine_name(import_onnxruntime(bundle.manifest), bundle.manifest)
+
+
+def _given(references: Sequence[Path]) -> Iterator[str]:
+    """Which references are not the bundle's own."""
+    for path in references:
+        index = load_index(path)
+        yield (
+            f"The {index.kind} reference is {path}, {len(index.prompts)} prompts of {index.model_id}; other questions "
+            "are answered by the bundle's own."
+        )
 
 
 def _reader(bundle: Bundle) -> Read:
