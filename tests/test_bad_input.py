@@ -263,7 +263,10 @@ def test_bundles(case: str, command: str, built: Built, tmp_path: Path) -> None:
     shutil.copytree(built("fp16"), copy)
     damage(copy)
     extra = {"run": ["hello", "--quiet"], "verify": ["--no-hash", "--quiet"], "inspect": []}[command]
-    told(call(command, copy, *extra), 1, *words)
+    if (case, command) == ("no manifest", "verify"):  # it could be what another tool exported
+        told(call(command, copy, *extra), 2, "has no manifest", "--reference")
+    else:
+        told(call(command, copy, *extra), 1, *words)
 
 
 def test_a_prompt_longer_than_the_context(built: Built) -> None:

@@ -96,14 +96,14 @@ def test_build_passes_its_options_on(builds: list[Any]) -> None:
         *("build", "-m", "m", "-t", "cpu", "-o", "out", "--precision", "int8", "--context", "100", "--batch", "2"),
         *("--revision", "r", "--token", "t", "--cache-dir", "c", "--no-reference", "--force"),
         *("--head-precision", "fp16", "--adapter", "a", "--adapter", "b:0.5", "--adapter-mode", "runtime"),
-        *("--any-base", "--jetpack", "6.1", "--backend", "tensorrt", "--calibrate", "text"),
+        *("--any-base", "--jetpack", "6.1", "--backend", "tensorrt", "--calibrate", "text", "--prompts", "asked"),
     )
     assert result.exit_code == 0
     assert vars(builds[0]) == {
         **{"model": "m", "target": "cpu", "output": Path("out"), "precision": "int8", "context": 100, "batch": 2},
         **{"revision": "r", "token": "t", "cache_dir": Path("c"), "reference": False, "force": True},
         **{"head_precision": "fp16", "adapters": ("a", "b:0.5"), "adapter_mode": "runtime", "any_base": True},
-        **{"jetpack": "6.1", "backend": "tensorrt", "calibrate": Path("text")},
+        **{"jetpack": "6.1", "backend": "tensorrt", "calibrate": Path("text"), "prompts": Path("asked")},
     }
 
 
@@ -113,7 +113,7 @@ def test_build_leaves_open_what_was_not_said(builds: list[Any]) -> None:
         **{"model": "m", "target": "cpu", "output": Path("out"), "precision": None, "context": None, "batch": 1},
         **{"revision": None, "token": None, "cache_dir": None, "reference": True, "force": False},
         **{"head_precision": None, "adapters": (), "adapter_mode": "merge", "any_base": False},
-        **{"jetpack": None, "backend": None, "calibrate": None},
+        **{"jetpack": None, "backend": None, "calibrate": None, "prompts": None},
     }
 
 
