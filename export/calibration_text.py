@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 import hashlib
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -25,6 +27,23 @@ LEAST = 128
 
 _BYTES = 64 * TOKENS
 """Most bytes that are read: text takes 1 to 8 a token, and a file may be larger than memory."""
+
+
+BUILT_IN = "built-in"
+"""What stands for our own text, where a file may be named."""
+
+_CALIBRATED = 0.88
+"""Of the built-in text, so much is for calibration; what it never sees is left to measure by."""
+
+
+@cache
+def built_in_text() -> tuple[str, str]:
+    """The built-in text in two parts, cut between two paragraphs: what calibrates, and what is held out from it to
+    measure quality with.
+    """
+    content = files(__package__).joinpath("calibration_default.txt").read_bytes()
+    cut = content.index(b"\n\n", int(len(content) * _CALIBRATED)) + 2
+    return content[:cut].decode(), content[cut:].decode()
 
 
 @dataclass(frozen=True)
