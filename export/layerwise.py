@@ -83,14 +83,23 @@ class Texts:
         """Put every sequence through a layer: `hidden` [1, length, hidden size] each is replaced. caches: one for each
         sequence, which takes up its keys and values.
         """
-        for number, (mask, angle, position) in enumerate(zip(self._masks, self._angles, self._positions, strict=True)):
-            hidden[number] = layer(
-                hidden[number],
-                attention_mask=mask,
-                position_embeddings=angle,
-                position_ids=position,
-                past_key_values=None if caches is None else caches[number],
-            )
+        for number in range(len(self._positions)):
+            hidden[number] = self.passed(layer, number, hidden[number], None if caches is None else caches[number])
+
+    def passed(
+        self, layer: torch.nn.Module, number: int, state: torch.Tensor, cache: KeptCache | None = None
+    ) -> torch.Tensor:
+        """What a layer makes of the hidden states [1, length, hidden size] of one sequence; gradients are kept where
+        they are asked for.
+        """
+        result: torch.Tensor = layer(
+            state,
+            attention_mask=self._masks[number],
+            position_embeddings=self._angles[number],
+            position_ids=self._positions[number],
+            past_key_values=cache,
+        )
+        return result
 
 
 class KeptCache:
