@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..errors import UsageError, did_you_mean
@@ -31,6 +31,7 @@ class Format:
     coding: of the codes; scales of "fp4" are E4M3 numbers, times one float32 of the whole tensor.
     positive: whether scales must be above zero, as TensorRT's parser asks. Not a part of the name: it limits what is
     written and changes nothing of what it means.
+    half: scales and offsets are float16 in the file even where the graph computes in float32.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Format:
     whole: bool = False
     coding: Coding = "int"
     positive: bool = False
+    half: bool = False
 
     @property
     def quantised(self) -> bool:
@@ -72,10 +74,20 @@ class Format:
         return -(-self.blocks(columns) * self.bits // 8)
 
 
-def int_format(bits: int, block: int = BLOCK, *, zeros: bool = False, offsets: bool = False) -> Format:
-    """The block format of these properties: `int4`, `int8-b16`, `int4-b128-zeros`, `int4-offset`."""
-    parts = (f"int{bits}", f"b{block}" * (block != BLOCK), "zeros" * zeros, "offset" * offsets)
-    return Format("-".join(filter(None, parts)), bits, block, zeros, offsets)
+def int_format(
+    bits: int, block: int = BLOCK, *, zeros: bool = False, offsets: bool = False, half: bool = False
+) -> Format:
+    """The block format of these properties: `int4`, `int8-b16`, `int4-b128-zeros`, `int4-offset`, `int8-b64-f16`."""
+    parts = (f"int{bits}", f"b{block}" * (block != BLOCK), "zeros" * zeros, "offset" * offsets, "f16" * half)
+    return Format("-".join(filter(None, parts)), bits, block, zeros, offsets, half=half)
+
+
+def with_half(format: Format, half: bool = True) -> Format:
+    """The same with scales in float16, or without; formats other than blocks of integers have no choice."""
+    if not format.block or format.coding != "int" or format.half == half:
+        return format
+    other = int_format(format.bits, format.block, zeros=format.zeros, offsets=format.offsets, half=half)
+    return replace(other, positive=format.positive)
 
 
 def format_named(name: str) -> Format | None:
@@ -87,12 +99,16 @@ def format_named(name: str) -> Format | None:
     if match is None or int(match["block"] or BLOCK) not in BLOCKS:
         return None
     found = int_format(
-        int(match["bits"]), int(match["block"] or BLOCK), zeros=bool(match["zeros"]), offsets=bool(match["offset"])
+        int(match["bits"]),
+        int(match["block"] or BLOCK),
+        zeros=bool(match["zeros"]),
+        offsets=bool(match["offset"]),
+        half=bool(match["half"]),
     )
     return found if found.name == name else None
 
 
-_INTEGERS = re.compile(r"int(?P<bits>[48])(-b(?P<block>\d{1,3}))?(?P<zeros>-zeros)?(?P<offset>-offset)?")
+_INTEGERS = re.compile(r"int(?P<bits>[48])(-b(?P<block>\d{1,3}))?(?P<zeros>-zeros)?(?P<offset>-offset)?(?P<half>-f16)?")
 
 FP32 = Format("fp32", 32)
 FP16 = Format("fp16", 16)
@@ -126,8 +142,8 @@ def precision_format(precision: str, precisions: Mapping[str, Format] = PRECISIO
 
 
 def stored_bytes(shape: tuple[int, ...], format: Format, scale_bytes: int = 4) -> int:
-    """Bytes of a weight of `shape` (rows first) in `format`, scales and offsets of `scale_bytes` each included; blocks
-    are padded at the row's end.
+    """Bytes of a weight of `shape` (rows first) in `format`, scales and offsets included, of `scale_bytes` each where
+    the format does not say; blocks are padded at the row's end.
     """
     rows = shape[0]
     columns = shape[1] if len(shape) > 1 else 1
@@ -136,5 +152,5 @@ def stored_bytes(shape: tuple[int, ...], format: Format, scale_bytes: int = 4) -
         return codes
     if format.tensor_scale:
         return codes + rows * format.blocks(columns) + 4
-    scales = rows * format.blocks(columns) * scale_bytes * (2 if format.offsets else 1)
+    scales = rows * format.blocks(columns) * (2 if format.half else scale_bytes) * (2 if format.offsets else 1)
     return codes + scales + (rows * format.zero_bytes(columns) if format.zeros else 0)

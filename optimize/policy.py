@@ -16,7 +16,8 @@ class Policy:
     not the head too, and of one that is but cannot have the head's format, where the precision quantises.
     blocked: bits of the block formats of integers. whole_blocks: blocks must divide the columns of projections, which
     otherwise are padded. zeros: whether blocks may have zero points; without, they become offsets. signed: bits whose
-    scales may be negative or 0. keeps_dense: floating-point weights stay as they are; otherwise they become fp16.
+    scales may be negative or 0. keeps_dense: floating-point weights stay as they are; otherwise they become fp16. half:
+    scales may be float16 beside activations in float32.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Policy:
     whole_blocks: bool = True
     zeros: bool = False
     keeps_dense: bool = False
+    half: bool = False
 
     def calibrated(self) -> Policy:
         """The same where what projections read is quantised too: 8-bit weights have one scale a row then."""

@@ -20,33 +20,61 @@ def quantise(rows: Float32, format: Format, largest: float = 0.0) -> Blocks:
 
     Integers: the scale maps the value of largest magnitude, sign included, to the most negative code, which uses the
     whole range [-2^(bits-1), 2^(bits-1)) and loses less than scaling to the positive end (the choice of GGUF's Q4_0 and
-    of ONNX Runtime's symmetric quantiser). Where scales must be positive, it is the least that reaches both ends. E4M3
-    and E2M1: the largest magnitude becomes the largest number. A block of zeros has the codes of zero.
+    of ONNX Runtime's symmetric quantiser). Where scales must be positive, it is the least that reaches both ends. With
+    zero points the codes reach from the least to the largest value, or to 0 where that lies beyond, since 0 has a code
+    of its own. Scales that are stored as float16 are rounded first, and codes made for what they became. E4M3 and
+    E2M1: the largest magnitude becomes the largest number. A block of zeros has the codes of zero.
 
     largest: magnitude of the whole tensor, which formats with a scale of the tensor need: it becomes 448 * 6, as in
     NVIDIA's NVFP4 recipe (arXiv:2509.25149).
     """
-    assert not (format.zeros or format.offsets), f"{format.name} is for weights that come quantised"
+    assert not format.offsets, f"{format.name} is for weights that come quantised"
     columns = rows.shape[1]
     padded = np.pad(rows, ((0, 0), (0, format.padded(columns) - columns))) if format.padded(columns) > columns else rows
     blocks = padded.reshape(len(rows), format.blocks(columns), -1)
     # NaN and infinity make scales that are not finite, which the writer looks for; no warning is needed on the way.
     with np.errstate(invalid="ignore", over="ignore"):
-        return _above_zero(_rounded(blocks, format) if format.coding == "int" else _floats(blocks, format, largest))
+        return above_zero(_rounded(blocks, format) if format.coding == "int" else _floats(blocks, format, largest))
 
 
 def _rounded(blocks: Float32, format: Format) -> Blocks:
     zero = 2 ** (format.bits - 1)
     largest, smallest = blocks.max(axis=-1), blocks.min(axis=-1)
-    if format.positive:
+    if format.zeros:
+        smallest = np.minimum(smallest, np.float32(0))
+        scales = (np.maximum(largest, np.float32(0)) - smallest) / np.float32(2 * zero - 1)
+    elif format.positive:
         scales = np.maximum(largest / np.float32(zero - 1), smallest / np.float32(-zero))
     else:
         scales = np.where(largest > -smallest, largest, smallest) / np.float32(-zero)
-    codes = blocks * _inverse(scales)[..., None]
+    if format.half:
+        halves = half_scales(scales)
+        scales = np.where(np.isfinite(halves), halves, scales)  # the writer tells of what does not fit
+    inverse = _inverse(scales)
+    points = np.clip(np.rint(-smallest * inverse), 0, 2 * zero - 1) if format.zeros else None
+    codes = blocks * inverse[..., None]
     np.rint(codes, out=codes)
-    codes += np.float32(zero)
+    codes += np.float32(zero) if points is None else points[..., None]
     np.clip(codes, 0, 2 * zero - 1, out=codes)
-    return Blocks(format, codes.astype(np.uint8).reshape(len(blocks), -1), scales)
+    zeros = None if points is None else points.astype(np.uint8)
+    return Blocks(format, codes.astype(np.uint8).reshape(len(blocks), -1), scales, zeros)
+
+
+_LEAST_NORMAL = np.float32(2.0**-14)
+
+
+def half_scales(scales: Float32) -> Float32:
+    """Scales as float16 holds them: to nearest, and away from 0 below its normal range, so that none becomes 0 and the
+    codes still reach as far; infinite above 65504.
+    """
+    with np.errstate(over="ignore"):
+        halves = scales.astype(np.float16)
+    short = (np.abs(scales) < _LEAST_NORMAL) & (np.abs(halves.astype(np.float32)) < np.abs(scales))
+    if short.any():
+        halves = np.where(
+            short, np.nextafter(halves, np.copysign(np.float16(np.inf), scales).astype(np.float16)), halves
+        )
+    return halves.astype(np.float32)
 
 
 def _floats(blocks: Float32, format: Format, largest: float) -> Blocks:
@@ -66,7 +94,7 @@ def _inverse(scales: Float32) -> Float32:
     return np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
 
 
-def _above_zero(blocks: Blocks) -> Blocks:
+def above_zero(blocks: Blocks) -> Blocks:
     """The same values where a scale of 0 may not be: the codes of zero, scaled by 1."""
     none = blocks.scales == 0
     if not blocks.format.positive or not none.any():
@@ -104,18 +132,20 @@ def pack(codes: UInt8, bits: int) -> UInt8:
 
 
 def round_scales(blocks: Blocks, dtype: npt.DTypeLike) -> Blocks:
-    """The same codes with scales and offsets as they survive being stored in `dtype`, that of the activations; scales
-    of a format that has a type of its own for them stay.
+    """The same codes with scales and offsets as they survive being stored: in float16 where the format says so, else in
+    `dtype`, that of the activations; scales of a format that has a type of its own for them stay.
     """
-    if np.dtype(dtype) == np.float32 or blocks.format.tensor_scale:
+    half = blocks.format.half
+    if (np.dtype(dtype) == np.float32 and not half) or blocks.format.tensor_scale:
         return blocks
 
     def rounded(values: Float32) -> Float32:
         with np.errstate(over="ignore"):  # the writer looks for infinity
-            return values.astype(dtype).astype(np.float32)
+            return values.astype(np.float16 if half else dtype).astype(np.float32)
 
     offsets = None if blocks.offsets is None else rounded(blocks.offsets)
-    return _above_zero(replace(blocks, scales=rounded(blocks.scales), offsets=offsets))
+    scales = half_scales(blocks.scales) if half else rounded(blocks.scales)
+    return above_zero(replace(blocks, scales=scales, offsets=offsets))
 
 
 def converted(blocks: Blocks, format: Format) -> Blocks:
@@ -145,7 +175,7 @@ def converted(blocks: Blocks, format: Format) -> Blocks:
             mirror = np.uint8(2 * middle - 1) - by_block
         codes = np.where(mirrored[..., None], mirror, by_block).reshape(codes.shape)
         scales = np.abs(scales)
-    return _above_zero(Blocks(format, codes, scales, zeros, offsets, rounded))
+    return above_zero(Blocks(format, codes, scales, zeros, offsets, rounded))
 
 
 def blocks_of(tensor: SourceTensor, format: Format, rows: Float32 | None = None) -> Reader:

@@ -25,6 +25,7 @@ from .linear import lower_linears
 from .low_rank import add_low_rank
 from .norms import lower_norms
 from .pack_qkv import pack_qkv
+from .scales import share_casts
 
 OPSET, IR_VERSION = 21, 10
 
@@ -56,4 +57,5 @@ def lower(model: ir.Model, options: OrtOptions) -> None:
     lower_norms(model)
     lower_linears(model, options.formats, options.accuracy_level)
     lower_embedding(model, options.formats)
+    share_casts(model)
     finish(model, {"": OPSET, MICROSOFT: 1}, IR_VERSION)

@@ -9,7 +9,8 @@ import onnx_ir as ir
 from ..formats import Format
 from ..graph import Recorder, sizes_of
 from ..lookup import SCOPE, replace_lookup, with_offsets
-from ..stored import Stored, parts_of, store
+from ..stored import Role, Stored, parts_of, store
+from .scales import store_scales
 
 
 def lower_embedding(model: ir.Model, formats: Mapping[str, Format]) -> None:
@@ -20,14 +21,20 @@ def lower_embedding(model: ir.Model, formats: Mapping[str, Format]) -> None:
 def _quantised(graph: ir.Graph, record: Recorder, gather: ir.Node, format: Format) -> ir.Value:
     weight, ids = gather.inputs
     assert weight is not None and weight.dtype is not None
-    parts, (rows, columns) = parts_of(weight), sizes_of(weight)
-    assert not format.zeros, "no checkpoint has an embedding with zero points"
+    parts, (rows, columns), activation = parts_of(weight), sizes_of(weight), weight.dtype
     row_bytes, shape = columns * format.bits // 8, [rows, columns // format.block]
     codes = store(graph, f"{SCOPE}.codes", [rows, row_bytes], ir.DataType.UINT8, Stored(parts, format, "codes"))
-    scales = store(graph, f"{SCOPE}.scales", shape, weight.dtype, Stored(parts, format, "scales"))
+
+    def beside(role: Role) -> ir.Value:
+        return store_scales(graph, record, f"{SCOPE}.{role}", shape, Stored(parts, format, role), activation)
+
+    inputs = [codes, ids, beside("scales")]
+    if format.zeros:
+        zeros = Stored(parts, format, "zeros")
+        packed = [rows, format.zero_bytes(columns)]
+        inputs.append(store(graph, f"{SCOPE}.zeros", packed, ir.DataType.UINT8, zeros))
     layout = {"bits": format.bits, "block_size": format.block, "gather_axis": 0, "quantize_axis": 1}
-    values = record.contrib("GatherBlockQuantized", codes, ids, scales, **layout)
+    values = record.contrib("GatherBlockQuantized", *inputs, **layout)
     if not format.offsets:
         return values
-    offsets = store(graph, f"{SCOPE}.offsets", shape, weight.dtype, Stored(parts, format, "offsets"))
-    return with_offsets(graph, record, values, offsets, ids, format.block)
+    return with_offsets(graph, record, values, beside("offsets"), ids, format.block)

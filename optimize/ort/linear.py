@@ -11,6 +11,7 @@ from ..formats import Format
 from ..graph import Recorder, ints, sizes_of
 from ..linears import Linear, linears_of
 from ..stored import Stored, parts_of, store
+from .scales import store_scales
 
 
 def lower_linears(model: ir.Model, formats: Mapping[str, Format], accuracy_level: int) -> None:
@@ -40,7 +41,8 @@ def _quantised(graph: ir.Graph, record: Recorder, linear: Linear, format: Format
     codes = store(
         graph, f"{name}.codes", [rows, blocks, block_bytes], ir.DataType.UINT8, Stored(parts, format, "codes")
     )
-    scales = store(graph, f"{name}.scales", [rows, blocks], activation, Stored(parts, format, "scales"))
+    content = Stored(parts, format, "scales")
+    scales = store_scales(graph, record, f"{name}.scales", [rows, blocks], content, activation)
     zeros = None
     if format.zeros:
         shape = [rows, format.zero_bytes(columns)]
@@ -61,8 +63,9 @@ def _quantised(graph: ir.Graph, record: Recorder, linear: Linear, format: Format
         return product
     # x @ (offset of each block) = (sum of x over each block) @ offsets^T: exact, and a 32nd of the work. A floating
     # zero point inside MatMulNBits would be 20 to 30 times slower and not bit-equal.
-    offsets = store(graph, f"{name}.offsets", [rows, blocks], activation, Stored(parts, format, "offsets"))
     shift = Recorder(f"{name}/offsets")  # the projection's own Add is that of its bias
+    content = Stored(parts, format, "offsets")
+    offsets = store_scales(graph, shift, f"{name}.offsets", [rows, blocks], content, activation)
     blocked = shift("Reshape", x, ints(graph, 0, 0, -1, format.block))
     sums = shift("ReduceSum", blocked, ints(graph, -1), keepdims=0)
     shifted = shift("Add", product, shift.contrib("FusedMatMul", sums, offsets, transB=1))

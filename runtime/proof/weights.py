@@ -33,7 +33,8 @@ _STEP_VALUES = 1 << 21
 _PANEL = 1 << 24
 """Numbers of a transposed matrix that are read together, as each of its lines holds only a few of them."""
 _DENSE = ("fp32", "fp16", "bf16", ORDER, INDEX)
-_INTEGERS = re.compile(r"int(?P<bits>4|8)(-b(?P<block>\d{1,4}))?(?P<zeros>-zeros)?(?P<offset>-offset)?")
+_INTEGERS = re.compile(r"int(?P<bits>4|8)(-b(?P<block>\d{1,4}))?(?P<zeros>-zeros)?(?P<offset>-offset)?(-f16)?")
+"""Scales say their own type, whether or not the name does (-f16)."""
 
 Parts = Mapping[str, Numbers]
 Decoder = Callable[[Parts], Float32]
