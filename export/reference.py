@@ -9,12 +9,13 @@ to what the bundle stores.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -103,6 +104,26 @@ class Samples:
     identity: Identity
 
 
+class Watch(Protocol):
+    """What looks on while two sides pass: `Original` first, then `Exact`."""
+
+    def layer(
+        self, index: int, layer: torch.nn.Module, hidden: Sequence[torch.Tensor]
+    ) -> AbstractContextManager[None]:
+        """Around a decoder layer's run over the first side's `hidden` [1, length, hidden size] of each sequence."""
+
+    def converted(self, name: str, before: Float32, after: Float32) -> None:
+        """All of a tensor of the layer that ran, in the first side and in the second."""
+
+    def last(self, hidden: Sequence[torch.Tensor]) -> None:
+        """What the first side's last layer leaves; the head comes next."""
+
+    def head(self, side: int, start: int, rows: Float32, logits: Float32) -> None:
+        """The head's rows from `start` on, and their logits [positions, rows]: of the first side, 0, then of the
+        second, 1, which may share the memory of `rows`.
+        """
+
+
 @dataclass
 class _Running:
     """One side on its way through the layers. same: so far it is the first side bit for bit. seen: of each layer that
@@ -114,13 +135,6 @@ class _Running:
     same: bool
     fingerprints: dict[str, tuple[str, float]] = field(default_factory=dict)
     seen: list[tuple[Float32, Float32, Float32]] = field(default_factory=list)
-
-    def note(self, name: str, values: Float32) -> None:
-        """All of a tensor's values are known."""
-        if self.side.kind == EXACT:
-            passed = Fingerprint()
-            passed.add(values)
-            self.fingerprints[name] = passed.value
 
 
 class StreamedModel:
@@ -151,6 +165,12 @@ class StreamedModel:
             one = _Pass(self._config, self._tensors, self._context, sequences, samples, progress, pool)
             return one.run(self._sides, full or {})
 
+    def show(self, sequences: Sequence[Sequence[int]], progress: Progress, watch: Watch) -> None:
+        """Let `watch` look on in one pass over the weights, of which nothing else is kept."""
+        with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="reference") as pool, torch.no_grad():
+            one = _Pass(self._config, self._tensors, self._context, sequences, None, progress, pool, watch)
+            one.show(self._sides)
+
 
 class _Pass:
     """One pass over the weights."""
@@ -164,21 +184,36 @@ class _Pass:
         samples: Samples | None,
         progress: Progress,
         pool: ThreadPoolExecutor,
+        watch: Watch | None = None,
     ) -> None:
         self._config, self._tensors, self._sequences = config, tensors, sequences
         self._texts, self._samples = Texts(config, context, sequences), samples
-        self._progress, self._pool, self._passed = progress, pool, set[str]()
+        self._progress, self._pool, self._passed, self._watch = progress, pool, set[str](), watch
 
     def run(self, sides: Sequence[Side], full: Mapping[str, Path]) -> dict[str, Computed]:
-        running = self._embedded(sides)
-        for index in range(self._config.num_hidden_layers):
-            self._layer(index, running)
+        running = self._decoded(sides)
         logits = self._head(running, full)
         self._advance(*self._tensors)
         return {
             one.side.kind: Computed(kept, self._layers(one), one.fingerprints)
             for one, kept in zip(running, logits, strict=True)
         }
+
+    def show(self, sides: Sequence[Side]) -> None:
+        """All of it to the watch."""
+        assert self._watch is not None
+        running = self._decoded(sides)
+        self._watch.last(running[0].hidden)
+        for side, start, rows, logits in self._logits(running, self._normed(running)):
+            self._watch.head(side, start, rows, logits)
+        self._advance(*self._tensors)
+
+    def _decoded(self, sides: Sequence[Side]) -> list[_Running]:
+        """Every side behind the last layer."""
+        running = self._embedded(sides)
+        for index in range(self._config.num_hidden_layers):
+            self._layer(index, running)
+        return running
 
     def _advance(self, *names: str) -> None:
         self._passed.update(names)
@@ -191,7 +226,7 @@ class _Pass:
         tied = head_of(self._tensors) == EMBEDDING
         for side in sides:
             one = _Running(side, [], same=True)
-            parts = self._noted if side.kind == EXACT and not tied else self._wanted
+            parts = self._noted if self._fingerprinted(side) and not tied else self._wanted
             one.hidden = embedded(self._sequences, partial(parts, one))
             if running:
                 one.same = all(map(torch.equal, one.hidden, running[0].hidden))
@@ -223,7 +258,8 @@ class _Pass:
             return torch.from_numpy(values[name])
 
         layer = decoder_layer(self._config, index, whole)
-        self._through(index, layer, first)
+        with nullcontext() if self._watch is None else self._watch.layer(index, layer, first.hidden):
+            self._through(index, layer, first)
         for other in running[1:]:
             changed = [self._convert(first.side, other, name, array) for name, array in values.items()]
             other.same = other.same and not any(changed)
@@ -260,27 +296,36 @@ class _Pass:
         return Layers(*chosen_channels(self._samples.identity), hidden, keys, values)
 
     def _head(self, running: Sequence[_Running], full: Mapping[str, Path]) -> list[Logits]:
-        name, first = head_of(self._tensors), running[0]
-        normed = self._normed(running)
+        name, normed = head_of(self._tensors), self._normed(running)
         positions, vocab = len(normed[0]), self._tensors[name].shape[0]
         kept = [PassingLogits(positions, vocab) for _ in running]
         maps = [_new_map(full.get(one.side.kind), (positions, vocab)) for one in running]
         passed = [Fingerprint() for _ in running]
-        for start, stop in cuts(self._tensors[name]):
-            rows = np.empty((stop - start, self._tensors[name].shape[1]), np.float32)
-            logits = np.empty((positions, stop - start), np.float32)
-            for number, one in enumerate(running):
-                changed = self._fill(rows, one.side, name, start, first.side if number else None)
-                if not (number and one.same and not changed):
-                    logits = (normed[number] @ torch.from_numpy(rows).T).numpy()
-                kept[number].add(start, logits)
-                passed[number].add(rows)
-                if (whole := maps[number]) is not None:
-                    whole[:, start:stop] = logits
+        for number, start, rows, logits in self._logits(running, normed):
+            kept[number].add(start, logits)
+            passed[number].add(rows)
+            if (whole := maps[number]) is not None:
+                whole[:, start : start + len(rows)] = logits
         for number, one in enumerate(running):
             if one.side.kind == EXACT:
                 one.fingerprints[name] = passed[number].value
         return [_finite(one.value) for one in kept]
+
+    def _logits(
+        self, running: Sequence[_Running], normed: Sequence[torch.Tensor]
+    ) -> Iterator[tuple[int, int, Float32, Float32]]:
+        """The head's rows, a few at a time, of each side in turn: the side's number, the first row's, the rows, and
+        their logits [positions, rows]. The next side's rows take the place of those before.
+        """
+        name, first = head_of(self._tensors), running[0]
+        for start, stop in cuts(self._tensors[name]):
+            rows = np.empty((stop - start, self._tensors[name].shape[1]), np.float32)
+            logits = np.empty((len(normed[0]), stop - start), np.float32)
+            for number, one in enumerate(running):
+                changed = self._fill(rows, one.side, name, start, first.side if number else None)
+                if not (number and one.same and not changed):
+                    logits = (normed[number] @ torch.from_numpy(rows).T).numpy()
+                yield number, start, rows, logits
 
     def _normed(self, running: Sequence[_Running]) -> list[torch.Tensor]:
         """What enters the head, [positions, hidden], of each side."""
@@ -296,20 +341,34 @@ class _Pass:
         """All of a tensor, as this side computes with it."""
         values = np.empty(self._tensors[name].shape, np.float32)
         self._fill(values, one.side, name, 0, None)
-        one.note(name, values)
+        self._note(one, name, values)
         return values
 
     def _convert(self, first: Side, other: _Running, name: str, values: Float32) -> bool:
         """Make of all of a tensor, as the first side has it, what another computes with; tell whether it differs."""
+        before = values if self._watch is None else values.copy()
         changed = self._fill(values, other.side, name, 0, first)
-        other.note(name, values)
+        self._note(other, name, values)
+        if self._watch is not None:
+            self._watch.converted(name, before, values)
         return changed
+
+    def _fingerprinted(self, side: Side) -> bool:
+        """Whether all values of its tensors are to be told apart from others'; that takes a while."""
+        return side.kind == EXACT and self._watch is None
+
+    def _note(self, one: _Running, name: str, values: Float32) -> None:
+        """All of a tensor's values are known."""
+        if self._fingerprinted(one.side):
+            passed = Fingerprint()
+            passed.add(values)
+            one.fingerprints[name] = passed.value
 
     def _fill(self, rows: Float32, side: Side, name: str, start: int, first: Side | None) -> bool:
         """Set `rows`, those from `start` on, to what `side` computes with. first: of which side they are so far, None
         where they are nothing yet. Tells whether any number changed.
         """
-        raw = first is not None and name not in first.added
+        raw = first is not None and name not in first.added and side.tensors[name] is first.tensors[name]
         step = max(1, _PIECE // math.prod(rows.shape[1:]))
 
         def fill(at: int) -> bool:

@@ -50,6 +50,8 @@ class SourceTensor:
     or where no format holds them.
     order: int64 [columns], the column that each column of `blocks` is, where they were quantised in an order of their
     own (GPTQ's desc_act); None where columns stand in place.
+    scaled: what was quantised to these codes, where it is not the checkpoint's tensor but that with channel scales moved
+    into it (see `equivalence`); None elsewhere.
     `read` and `blocks` may be called from several threads at once, and hold little more than the rows they return.
     """
 
@@ -60,6 +62,7 @@ class SourceTensor:
     read: Callable[[int, int], Float32]
     blocks: Callable[[int, int], Blocks] | None = None
     order: Int64 | None = None
+    scaled: SourceTensor | None = None
 
     def keeps_own(self, format: Format) -> bool:
         """Whether storing this tensor in `format` takes over the checkpoint's own codes."""

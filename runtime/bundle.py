@@ -29,12 +29,15 @@ ADAPTERS = "adapters"
 """The folder of the adapters that lie beside the weights."""
 REFERENCE, REFERENCE_FILES = "reference", ("exact.npz", "original.npz")
 """The folder of what PyTorch computed, and what is in it; the same again for each adapter, see `reference_file`."""
+QUALITY_FILE = "quality.json"
+"""What quantisation cost; only in quantised bundles."""
 USED_FILES = (
     GRAPH_FILE,
     DATA_FILE,
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    QUALITY_FILE,
     *(f"{REFERENCE}/{name}" for name in REFERENCE_FILES),
 )
 """What the runtime reads where it is there, so the manifest has to know it; and so of the reference of each adapter."""
