@@ -16,8 +16,10 @@ class BuildOptions:
 
     adapters: folders of LoRA adapters, each with `:weight` or without. adapter_mode: "merge" them into the weights, or
     keep them beside them to be chosen at "runtime". any_base: take adapters whatever model they name as their base.
-    jetpack: of a Jetson; backend: of those that the target has. calibrate: the text to calibrate activations on.
-    prompts: a file of those that the reference records, None for the built-in ones.
+    jetpack: of a Jetson; backend: of those that the target has. calibrate: the text to calibrate on, a file or
+    "built-in"; method: by which weights are quantised, one of `names.METHODS`. prompts: a file of those that the
+    reference records, None for the built-in ones. quality: measure what quantisation cost, on the text quality_text, None
+    for the built-in one.
     """
 
     model: str
@@ -37,5 +39,8 @@ class BuildOptions:
     any_base: bool = False
     jetpack: str | None = None
     backend: str | None = None
-    calibrate: Path | None = None
+    calibrate: Path | str | None = None
     prompts: Path | None = None
+    method: str | None = None
+    quality: bool = True
+    quality_text: Path | None = None

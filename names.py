@@ -10,6 +10,9 @@ from collections.abc import Mapping
 PRECISIONS = ("fp32", "fp16", "int8", "int4", "fp8", "nvfp4")
 """Of weights; which of them a target has is `targets.made.what_is_made(target).precisions`."""
 
+CACHE_PRECISIONS: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "int8": "int8", "fp8": "float8e4m3fn"}
+"""Of the cache, and the types that they stand for; those of a target are `targets.made.what_is_made(target).caches`."""
+
 ORT, TRT, TRT_PRIMITIVE = DIALECTS = ("ort", "trt", "trt-primitive")
 """Of graphs; see docs/architecture.md."""
 
@@ -29,3 +32,9 @@ PRODUCTS = {ONNXRUNTIME: "ONNX Runtime", TENSORRT: "TensorRT", TENSORRT_RTX: "Te
 
 MODULES: Mapping[str, str] = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
 """The Python module of each builder of engines."""
+
+BUILT_IN = "built-in"
+"""What stands for our own text to calibrate on, where a file may be named."""
+
+RTN, SEARCH, GPTQ = METHODS = ("rtn", "search", "gptq")
+"""Of quantising weights: rounding to nearest, searching for scales, and solving for the errors over a text."""

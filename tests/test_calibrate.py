@@ -21,6 +21,7 @@ from llama_export.export import layerwise
 from llama_export.export.calibrate import LEAST_SCALE, Calibration, calibrate, input_scales, settled_formats
 from llama_export.export.calibration_text import CalibrationText, calibration_text
 from llama_export.export.source import Source, open_source
+from llama_export.names import BUILT_IN
 from llama_export.optimize.formats import EMBEDDING, FP8, FP16, INT8, INT8_ROW
 from llama_export.optimize.plan import plan_formats
 from llama_export.optimize.policy import TENSORRT
@@ -257,11 +258,36 @@ def test_settings_that_cut_or_pad_texts_do_not_count(tmp_path: Path) -> None:
 def test_of_a_large_file_only_the_beginning_is_read(
     opened: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(texts, "_BYTES", 1001)  # within one of the Cyrillic letters, each of two bytes
-    file = written(tmp_path, ("я" * 800).encode() + b"\xff" * 5000)
-    found = calibration_text(opened, file, 64)
-    assert found.read_bytes == 1001
-    assert found.sha256 == hashlib.sha256(file.read_bytes()[:1001]).hexdigest()
+    monkeypatch.setattr(texts, "_TOKEN_BYTES", 3)
+    file = written(tmp_path, b"!" + ("я" * 800).encode() + b"\xff" * 5000)
+    found = calibration_text(opened, file, 64, 500)
+    assert found.read_bytes == 1500  # within one of the Cyrillic letters, each of two bytes
+    assert found.sha256 == hashlib.sha256(file.read_bytes()[:1500]).hexdigest()
+
+
+@pytest.mark.parametrize("tokens", [128, 1000, 16_384])
+def test_more_or_fewer_tokens_may_be_asked_for(opened: Source, tmp_path: Path, tokens: int) -> None:
+    file = written(tmp_path, SENTENCE * 1500)
+    found = calibration_text(opened, file, 64, tokens)
+    assert tokens - 64 <= found.tokens <= tokens
+    with pytest.raises(LlamaExportError, match=f"takes at least {tokens // 32}; .*--calibrate built-in"):
+        calibration_text(opened, written(tmp_path, "no"), 64, tokens)
+
+
+def test_our_own_text_stands_for_one_and_keeps_a_part_back(opened: Source) -> None:
+    found = calibration_text(opened, BUILT_IN, 512, texts.SOLVED_TOKENS)
+    calibrates, held_out = texts.built_in_text()
+    assert 15_000 < found.tokens <= 16_384
+    assert found.read_bytes == len(calibrates.encode())
+    assert "tokens of the built-in text." in found.note
+    assert len(held_out) > 5000
+    assert not set(calibrates.split("\n\n")) & set(held_out.split("\n\n"))
+
+
+def test_the_first_tokens_are_whole_sequences() -> None:
+    text = text_of(30, 20, 10)
+    assert [text.first(most).tokens for most in (60, 59, 50, 49, 30, 1)] == [60, 50, 50, 30, 30, 30]
+    assert text.first(30).sequences == text.sequences[:1]
 
 
 def test_a_byte_order_mark_is_no_text(opened: Source, tmp_path: Path) -> None:
