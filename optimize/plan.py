@@ -42,6 +42,11 @@ def head_of(tensors: Mapping[str, SourceTensor]) -> str:
     return HEAD if HEAD in tensors else EMBEDDING
 
 
+def is_quantised(tensors: Mapping[str, SourceTensor], formats: Mapping[str, Format]) -> bool:
+    """Whether any matrix is stored in fewer bits than floating point takes."""
+    return any(formats[name].quantised for name, tensor in tensors.items() if len(tensor.shape) > 1)
+
+
 def has_wide_head(tensors: Mapping[str, SourceTensor], formats: Mapping[str, Format]) -> bool:
     """Whether the head is stored in floating point beside projections in blocks, so that it is most of what is read for
     a token.

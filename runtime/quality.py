@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,10 +47,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A stored matrix. layer: null outside of layers; size: weights that it has; bits: of each, with scales, zero points and padding.
-    weight_error: the Frobenius norm of stored - original over that of the original. output_error: the same of what the
-    matrix makes of its inputs in the original model, over the text's tokens: of an embedding, the rows of these tokens.
-    Where the original is 0, and the stored is not, an error is 1.
+    """A stored matrix. layer: null outside of layers; size: how many weights it has; bits: of each, with scales, zero
+    points and padding. weight_error: the Frobenius norm of stored - original over that of the original. output_error:
+    the same of what the matrix makes of its inputs in the original model, over some of the text's windows: of an
+    embedding, the rows of these tokens. Where the original is 0, and the stored is not, an error is 1.
     """
 
     name: str

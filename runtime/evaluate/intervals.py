@@ -67,6 +67,19 @@ def mean(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
     return Estimate(value, value - reach, value + reach)
 
 
+def bootstrap_mean(groups: Sequence[Sequence[float] | npt.NDArray[np.float64]]) -> Estimate:
+    """The mean over all members of groups, with the percentile bootstrap over whole groups as of `quantile`: for groups
+    whose sums are far from normal, as few divergences of which some are large.
+    """
+    sums, counts = np.array([np.sum(group) for group in groups]), np.array([len(group) for group in groups])
+    value = float(sums.sum() / counts.sum())
+    if len(groups) < 2:
+        return Estimate(value, None, None)
+    chosen = np.random.default_rng(_SEED).integers(len(groups), size=(_RESAMPLES, len(groups)))
+    low, high = np.quantile(sums[chosen].sum(1) / counts[chosen].sum(1), (0.025, 0.975))
+    return Estimate(value, float(low), float(high))
+
+
 def quantile(groups: Sequence[Sequence[float]], share: float) -> Estimate:
     """The value below which `share` of all members lie; the interval by the percentile bootstrap over whole groups,
     with a fixed seed (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
