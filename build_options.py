@@ -18,8 +18,8 @@ class BuildOptions:
     keep them beside them to be chosen at "runtime". any_base: take adapters whatever model they name as their base.
     jetpack: of a Jetson; backend: of those that the target has. calibrate: the text to calibrate on, a file or
     "built-in"; method: by which weights are quantised, one of `names.METHODS`. prompts: a file of those that the
-    reference records, None for the built-in ones. quality: measure what quantisation cost, on the text quality_text, None
-    for the built-in one.
+    reference records, None for the built-in ones. quality: measure what quantisation cost; quality_text: on which text,
+    None for the built-in one.
     """
 
     model: str
@@ -42,5 +42,6 @@ class BuildOptions:
     calibrate: Path | str | None = None
     prompts: Path | None = None
     method: str | None = None
+    cache_precision: str | None = None
     quality: bool = True
     quality_text: Path | None = None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .errors import LlamaExportError
 from .names import ORT, TRT, TRT_PRIMITIVE
 from .optimize.plan import column_orders
-from .optimize.requirements import WINDOW_MINIMUM_ONNXRUNTIME
+from .optimize.requirements import CACHE_MINIMUM_ONNXRUNTIME, WINDOW_MINIMUM_ONNXRUNTIME
 from .runtime.bundle import CUDA_PROVIDER
 from .targets.tensorrt import Release
 
@@ -26,13 +26,24 @@ SHIPPED_ACCURACY_LEVEL = {"float32": 4, "float16": 0}
 """MatMulNBits' accuracy_level by activations: on the CPU int8 activations run at the speed of memory."""
 
 
-def lower(model: ir.Model, plan: BuildPlan, rotary: tuple[Float32, Float32], inputs: Mapping[str, InputScale]) -> None:
+def lower(
+    model: ir.Model,
+    plan: BuildPlan,
+    rotary: tuple[Float32, Float32],
+    inputs: Mapping[str, InputScale],
+    cache: Mapping[str, Float32],
+) -> None:
     """Lower the canonical graph to the plan's dialect, in place.
 
     rotary: tables of cos and sin [context, head_dim / 2]. inputs: scales of what projections read, by weight, empty
-    where that is not quantised.
+    where that is not quantised. cache: scales of a cache in int8, empty for any other.
     """
-    (_lower_ort if plan.made.dialect == ORT else _lower_tensorrt)(model, plan, rotary, inputs)
+    if plan.made.dialect == ORT:
+        assert not inputs, "ONNX Runtime's kernels round activations by themselves"
+        _lower_ort(model, plan, rotary, cache)
+    else:
+        assert not cache, "TensorRT's graphs have their cache in the dtype of activations"
+        _lower_tensorrt(model, plan, rotary, inputs)
     if plan.made.release is not None:
         _refuse_unsupported(model, plan.made.release)
 
@@ -49,17 +60,14 @@ def _refuse_unsupported(model: ir.Model, release: Release) -> None:
         )
 
 
-def _lower_ort(
-    model: ir.Model, plan: BuildPlan, rotary: tuple[Float32, Float32], inputs: Mapping[str, InputScale]
-) -> None:
+def _lower_ort(model: ir.Model, plan: BuildPlan, rotary: tuple[Float32, Float32], cache: Mapping[str, Float32]) -> None:
     from .optimize.ort import OrtOptions, lower  # noqa: PLC0415
 
-    assert not inputs, "ONNX Runtime's kernels round activations by themselves"
     adapted = {name for adapter in plan.beside for name in adapter.parts}
     level = SHIPPED_ACCURACY_LEVEL[plan.made.activations]
     orders = column_orders(plan.source.tensors, plan.formats)
     recordable = CUDA_PROVIDER in plan.made.providers
-    lower(model, OrtOptions(plan.formats, rotary, level, orders, adapted, recordable))
+    lower(model, OrtOptions(plan.formats, rotary, level, orders, adapted, recordable, cache))
 
 
 def _lower_tensorrt(
@@ -81,7 +89,8 @@ def minimum_versions(plan: BuildPlan) -> dict[str, str]:
 
     slides = plan.source.shape.window_in(plan.context.context) is not None
     window = slides and plan.made.dialect == ORT  # the other dialects have it in their mask
-    return {"python": "3.10", "onnxruntime": WINDOW_MINIMUM_ONNXRUNTIME if window else LEAST[plan.made.dialect]}
+    least = WINDOW_MINIMUM_ONNXRUNTIME if window else LEAST[plan.made.dialect]
+    return {"python": "3.10", "onnxruntime": CACHE_MINIMUM_ONNXRUNTIME if plan.cache == "int8" else least}
 
 
 def cache_head_dim(plan: BuildPlan) -> int:

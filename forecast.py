@@ -30,13 +30,14 @@ class PlanOptions:
     batch: int = 1
     jetpack: str | None = None
     backend: str | None = None
+    cache_precision: str | None = None
     revision: str | None = None
     token: str | None = None
     cache_dir: Path | None = None
 
     @property
     def wish(self) -> Wish:
-        return Wish(self.precision, self.head_precision, self.context, self.batch)
+        return Wish(self.precision, self.head_precision, self.context, self.batch, cache=self.cache_precision)
 
 
 @dataclass(frozen=True)

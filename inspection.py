@@ -104,7 +104,7 @@ def _load(bundle: Bundle) -> Load:
 
 def _weight_bytes(bundle: Bundle) -> dict[str, int]:
     """Bytes of the weights by the name of their format; those that nothing tells of are as the manifest's precision."""
-    files, scale_bytes = bundle.manifest.files, CACHE_BYTES[bundle.manifest.shape.cache_dtype]
+    files, scale_bytes = bundle.manifest.files, CACHE_BYTES[bundle.manifest.shape.activations]
     total = sum(files[name].size for name in (GRAPH_FILE, DATA_FILE) if name in files)
     counts: Counter[str] = Counter()
     for weight in _weights(bundle) or ():

@@ -344,7 +344,7 @@ def _side(options: ReferenceOptions, ground: _Ground) -> Side:
     manifest = ground.bundle.manifest
     stored = load_index_of_bundle(ground.bundle.path, EXACT)
     formats = recorded_formats(stored.weights, manifest.backend, tensors)
-    return Exact(tensors, formats, manifest.shape.cache_dtype, added)
+    return Exact(tensors, formats, manifest.shape.activations, added)
 
 
 def _as_stored(reference: Reference, ground: _Ground, computed: Any) -> Reference:

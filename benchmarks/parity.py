@@ -144,7 +144,7 @@ def in_dialect(model: Path, dialect: str, precision: str, asked: Asked, folder: 
         for id, check in checks.items()
         if id != FULL
     }
-    seconds, activations = time.perf_counter() - began, manifest.shape.cache_dtype
+    seconds, activations = time.perf_counter() - began, manifest.shape.activations
     return Row(model.name, dialect, precision, activations, cells_of(checks[FULL].cases), other, seconds)
 
 

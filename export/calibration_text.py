@@ -28,6 +28,9 @@ SOLVED_TOKENS = 16_384
 """Most tokens in all for methods that solve for weights over what enters them, whose sums have a side for each column.
 """
 
+CACHE_TOKENS = 2048
+"""Most tokens in all for scales of a cache, which are bounds of what a few channels reach."""
+
 _LEAST = 32
 """The part of the tokens asked for below which a text says little of others: 128 of 4,096."""
 

@@ -38,10 +38,14 @@ class Layerwise:
 
     @torch.no_grad()
     def decoded(
-        self, sequences: Sequence[Sequence[int]], begin: Callable[[int, torch.nn.Module], None]
+        self,
+        sequences: Sequence[Sequence[int]],
+        begin: Callable[[int, torch.nn.Module], None],
+        caches: Sequence[KeptCache] | None = None,
     ) -> list[torch.Tensor]:
         """What the last decoder layer leaves of each sequence, [1, length, hidden], all sequences in one pass over the
-        weights. begin: called with each layer's index and the layer before it runs; the layer is gone after.
+        weights. begin: called with each layer's index and the layer before it runs; the layer is gone after. caches:
+        one for each sequence, which every layer gives its keys and values.
         """
         texts = Texts(self.config, self.context, sequences)
         hidden = embedded(sequences, self.parts)
@@ -49,7 +53,7 @@ class Layerwise:
         def run(index: int) -> None:  # a frame of its own, which lets go of the layer before the next is read
             layer = decoder_layer(self.config, index, self._whole)
             begin(index, layer)
-            texts.run(layer, hidden)
+            texts.run(layer, hidden, caches)
 
         for index in range(self.config.num_hidden_layers):
             run(index)

@@ -15,9 +15,11 @@ from transformers import PreTrainedConfig
 from ..optimize.formats import Format
 from ..optimize.graph import ORDER as ORDER_PREFIX
 from ..optimize.graph import ROTARY_TABLES
+from ..optimize.ort.cache_int8 import NO_SCALES, scale_name
 from ..optimize.plan import column_orders
 from ..optimize.quantise import dense_format
 from ..optimize.shared.order_inputs import order_name
+from ..optimize.tensors import Float32
 from ..optimize.trt.linear import NO_INPUT_SCALES, InputScale
 from ..progress import Progress
 from ..runtime.bundle import CPU_PROVIDER, GRAPH_FILE, Bundle, Manifest
@@ -61,11 +63,13 @@ class Recorder:
         placements: Mapping[str, Placement],
         tables: Mapping[str, npt.NDArray[np.generic]],
         inputs: Mapping[str, InputScale] = NO_INPUT_SCALES,
+        cache: Mapping[str, Float32] = NO_SCALES,
     ) -> dict[str, Reference]:
         """Both references of the model, by kind.
 
         placements: where each checkpoint tensor is stored, see `write.placements`. tables: the constants beside them in
-        the data file, see `write.tables_of`. inputs: the scales that calibration found, by weight.
+        the data file, see `write.tables_of`. inputs: the scales that calibration found, by weight. cache: those of a
+        cache in int8, by its inputs.
         """
         source = self.source
         formats = {name: placement.format for name, placement in placements.items()}
@@ -75,7 +79,7 @@ class Recorder:
             record for name in source.tensors for record in _weights(name, source, placements[name], computed[EXACT])
         )
         config = transformers_config(source.config)
-        constants = (*_tables(tables, config, self.manifest.limits.context), *_orders(source, formats))
+        constants = (*_tables(tables, config, self.manifest.limits.context, cache), *_orders(source, formats))
         rounded = (InputRecord(name, one.scale, one.dtype.name.lower()) for name, one in inputs.items())
         return _with_weights(found, weights, constants, tuple(rounded))
 
@@ -92,7 +96,7 @@ class Recorder:
 
     @property
     def _scales(self) -> npt.DTypeLike:
-        return np.dtype(self.manifest.shape.cache_dtype)
+        return np.dtype(self.manifest.shape.activations)
 
     def _proven(
         self, sides: tuple[Original, Exact], prompts: Sequence[Asked], adapter: str | None
@@ -145,15 +149,21 @@ def _weights(name: str, source: Source, placement: Placement, exact: Computed) -
 
 
 def _tables(
-    tables: Mapping[str, npt.NDArray[np.generic]], config: PreTrainedConfig, context: int
+    tables: Mapping[str, npt.NDArray[np.generic]],
+    config: PreTrainedConfig,
+    context: int,
+    cache: Mapping[str, Float32],
 ) -> Iterator[WeightRecord]:
-    """What no prompt reaches the end of: the rotary tables, computed anew, and the indices of positions."""
-    rotary = dict(zip(ROTARY_TABLES, rotary_tables(config, context), strict=True))
+    """What no prompt reaches the end of, and what the full-precision replay leaves out: the rotary tables, computed
+    anew, the indices of positions, and the scales of a cache in int8.
+    """
+    numbers = dict(zip(ROTARY_TABLES, rotary_tables(config, context), strict=True))
+    numbers |= {scale_name(name): scale for name, scale in cache.items()}
     for name, table in tables.items():
         if name.startswith(ORDER_PREFIX):
             continue  # recorded by `_orders`
-        stored = rotary[name].astype(table.dtype) if name in rotary else np.arange(context).reshape(table.shape)
-        format = dense_format(str(table.dtype)).name if name in rotary else INDEX
+        stored = numbers[name].astype(table.dtype) if name in numbers else np.arange(context).reshape(table.shape)
+        format = dense_format(str(table.dtype)).name if name in numbers else INDEX
         sha256, norm = fingerprint(iter([stored.astype(np.float32)]))
         yield WeightRecord(name, format, table.shape, 0, {"values": name}, sha256, norm)
 

@@ -31,8 +31,11 @@ def input_named(graph: ir.Graph, name: str) -> ir.Value:
 
 
 def activations_of(model: ir.Model) -> ir.DataType:
-    """The type that a graph computes in, which is that of its cache; logits may be wider."""
-    dtype = model.graph.outputs[1].dtype
+    """The type that a graph computes in: that of its cache where this is not rounded to int8, and else of its logits,
+    which may be wider in other graphs.
+    """
+    logits, cache = (value.dtype for value in model.graph.outputs[:2])
+    dtype = logits if cache == ir.DataType.INT8 else cache
     assert dtype is not None
     return dtype
 

@@ -62,7 +62,7 @@ def load_adapter(bundle: Bundle, name: str, inputs: Inputs) -> Matrices:
     """
     record = adapter_named(bundle, name)
     path = bundle.path / str(record.file)
-    dtype = np.dtype(bundle.manifest.shape.cache_dtype)
+    dtype = np.dtype(bundle.manifest.shape.activations)
     try:
         with zipfile.ZipFile(path) as archive:
             matrices = _read(archive, inputs, dtype, path.stat().st_size)

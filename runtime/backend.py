@@ -82,7 +82,7 @@ class OnnxRuntimeBackend(SequenceBackend):
 
         Raises UsageError when the bundle has no such adapter, LlamaExportError when its file is damaged.
         """
-        dtype = np.dtype(self._bundle.manifest.shape.cache_dtype)
+        dtype = np.dtype(self._bundle.manifest.shape.activations)
         inputs = self._adapter_inputs
         matrices = no_adapter(inputs, dtype) if name is None else load_adapter(self._bundle, name, inputs)
         make = self._ort.OrtValue.ortvalue_from_numpy

@@ -44,7 +44,7 @@ USED_FILES = (
 
 ENGINES, RECIPE_FILE = "engine", "engine/recipe.json"
 """The folder of engines built ahead of time, and how to build one on the device."""
-CACHE_DTYPES = ("float32", "float16")
+CACHE_DTYPES = ("float32", "float16", "int8")
 CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
 """The execution providers of ONNX Runtime that a bundle may ask for."""
 
@@ -104,7 +104,7 @@ class AdapterRecord:
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of the model. cache_dtype: float32 or float16, the type of the past_key_values inputs."""
+    """The sizes of the model. cache_dtype: float32, float16 or int8, the type of the past_key_values inputs."""
 
     layers: int
     hidden: int
@@ -114,6 +114,11 @@ class Shape:
     ffn: int
     vocab: int
     cache_dtype: str
+
+    @property
+    def activations(self) -> str:
+        """The type that the graph computes in: float32 or float16."""
+        return activations_beside(self.cache_dtype)
 
 
 @dataclass(frozen=True)
@@ -294,6 +299,11 @@ def _token_ids(tokens: Tokens) -> Iterator[tuple[str, int]]:
         if value is not None:
             yield name, value
     yield from (("eos", value) for value in tokens.eos)
+
+
+def activations_beside(cache_dtype: str) -> str:
+    """The type that a graph with this cache computes in: a cache in int8 is there for float32 alone."""
+    return "float32" if cache_dtype == "int8" else cache_dtype
 
 
 def adapter_file(name: str) -> str:

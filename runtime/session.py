@@ -13,6 +13,7 @@ from ..errors import LlamaExportError
 from ..names import ORT, TRT, TRT_PRIMITIVE
 from .adapters import adapter_inputs
 from .bundle import CPU_PROVIDER, CUDA_PROVIDER, DATA_FILE, GRAPH_FILE, Bundle, Manifest, Shape, refuse_escape
+from .cache_graph import with_float_cache
 from .cpu_graph import for_cpu
 from .onnx_file import Initializer, external_initializers, with_accuracy_level
 from .recipe import IDS, KEPT, POSITIONS
@@ -94,7 +95,8 @@ def open_session(
 ) -> Any:
     """Load `graph`, the bundle's own or another one for the same weights, and return its session.
 
-    exact: with kernels that compute in full precision, instead of those that ship. provider_options: of the bundle's
+    exact: with kernels that compute in full precision, instead of those that ship, and a cache in the dtype of
+    activations, which then the inputs of the cache have. provider_options: of the bundle's
     first provider. A graph for TensorRT is changed in memory where this processor needs it, see `cpu_graph`. Raises
     LlamaExportError as `import_onnxruntime` does, when a weight lies outside of the bundle's data file, and when ONNX
     Runtime cannot load the graph or its inputs do not fit the manifest.
@@ -104,7 +106,7 @@ def open_session(
     if bundle.manifest.dialect != ORT:
         graph = for_cpu(graph, weights, exact=exact)
     elif exact:
-        graph = with_accuracy_level(graph, 0)
+        graph = with_float_cache(with_accuracy_level(graph, 0))
     options = ort.SessionOptions()
     options.enable_cpu_mem_arena = not exact  # such kernels unpack whole matrices, which an arena would keep
     options.intra_op_num_threads = threads

@@ -17,6 +17,7 @@ from typing import Protocol
 from ..errors import UsageError
 from ..names import ORT, TRT, TRT_PRIMITIVE
 from ..optimize.formats import BF16, FP16, FP32
+from ..runtime.bundle import activations_beside
 from ..tables import size
 from .devices import GB, Target
 
@@ -47,7 +48,7 @@ of fp32, 635 MB for 269 MB of fp16).
 STATIC_CONTEXT = 8192
 """Most tokens that a graph with a fixed cache gets where nothing is asked for: a token reads all of it, used or not."""
 
-CACHE_BYTES = {"float32": 4, "float16": 2}
+CACHE_BYTES = {"float32": 4, "float16": 2, "int8": 1}
 
 
 class Shape(Protocol):
@@ -74,7 +75,7 @@ class Load:
     """What is to run: the model's shape, the bytes of its weights as stored, by the name of their format, and how it is
     run.
 
-    cache_dtype: float32 or float16; on_cpu: whether ONNX Runtime's CPU provider runs it; dialect: of the graph;
+    cache_dtype: float32, float16 or int8; on_cpu: whether ONNX Runtime's CPU provider runs it; dialect: of the graph;
     shared_memory: a GPU runs it in the computer's own memory.
     """
 
@@ -86,6 +87,11 @@ class Load:
     prefill_chunk: int = PREFILL_CHUNK
     dialect: str = ORT
     shared_memory: bool = False
+
+    @property
+    def number(self) -> int:
+        """Bytes of a number in the dtype of activations."""
+        return CACHE_BYTES[activations_beside(self.cache_dtype)]
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ def bytes_per_token(shape: Shape, cache_dtype: str) -> int:
 
 
 def workspace_bytes(load: Load, context: int) -> int:
-    """Bytes of activations, in the cache's dtype, while the last chunk of a prompt of `context` tokens is read.
+    """Bytes of activations while the last chunk of a prompt of `context` tokens is read.
 
     The widest moment is the MLP: gate and up together, their product, and the residual stream around them. The
     attention scores come on top: on the CPU in float32, in a graph of primitive ops in the cache's dtype, and there one
@@ -126,7 +132,7 @@ def workspace_bytes(load: Load, context: int) -> int:
     the logits of a whole chunk.
     """
     shape, engine = load.shape, load.dialect != ORT
-    chunk, number = min(load.prefill_chunk, context), CACHE_BYTES[load.cache_dtype]
+    chunk, number = min(load.prefill_chunk, context), load.number
     rows = chunk if engine else load.batch * chunk
     width = 3 * shape.ffn + 4 * shape.hidden + (shape.heads + 2 * shape.kv_heads) * shape.head_dim
     primitive = load.dialect == TRT_PRIMITIVE
@@ -145,8 +151,10 @@ def weight_memory(load: Load) -> int:
 
 
 def table_bytes(load: Load, context: int) -> int:
-    """Bytes of the rotary tables, cosines and sines [context, head_dim / 2]: float32 in engines, else as the cache."""
-    return context * load.shape.head_dim * (CACHE_BYTES[load.cache_dtype] if load.dialect == ORT else 4)
+    """Bytes of the rotary tables, cosines and sines [context, head_dim / 2]: of float32 in engines, else as activations
+    are.
+    """
+    return context * load.shape.head_dim * (load.number if load.dialect == ORT else 4)
 
 
 def need(load: Load, context: int) -> Need:

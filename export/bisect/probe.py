@@ -52,7 +52,7 @@ class Probe:
         heads = {value.name: value.shape for value in self._session.get_inputs()}
         length = 0 if self._dialect == ORT else self._length
         self._cache = {
-            name: np.zeros((1, shape.kv_heads, length, heads[PAST + name][3]), np.dtype(shape.cache_dtype))
+            name: np.zeros((1, shape.kv_heads, length, heads[PAST + name][3]), np.dtype(shape.activations))
             for name in self._names
         }
 

@@ -58,7 +58,7 @@ def bisect(
     pieces = cut(len(ids))
     anatomy = dissect(model, bundle.manifest.shape, config.head_dim)
     probe = Probe(bundle, model, anatomy.exposed, length=len(ids), threads=count)
-    dtype, context = bundle.manifest.shape.cache_dtype, bundle.manifest.limits.context
+    dtype, context = bundle.manifest.shape.activations, bundle.manifest.limits.context
     walk = Walk(config, context, weights, anatomy, probe, ids, pieces, dtype)
     rows += walk.run(progress)
     return Bisection(

@@ -108,7 +108,7 @@ def source_weights(
     be told. Raises LlamaExportError for any other, and when the checkpoint is of another model.
     """
     told = f"{model_id}, in the formats that the bundle stores"
-    dtype = np.dtype(bundle.manifest.shape.cache_dtype)
+    dtype = np.dtype(bundle.manifest.shape.activations)
     if records is None:
         precision = bundle.manifest.precision
         if precision not in _DENSE:

@@ -35,7 +35,8 @@ class OrtOptions:
     """formats: how each checkpoint tensor is stored. rotary: tables of cos and sin [context, head_dim / 2].
     accuracy_level: MatMulNBits' (4: int8 activations; 0: as the inputs). orders: by checkpoint tensor, the order of its
     stored columns where that is not the natural one. adapted: weights that adapters are added to at run time.
-    recordable: so that ONNX Runtime can record a step as a CUDA graph.
+    recordable: so that ONNX Runtime can record a step as a CUDA graph. cache: the scales of a cache in int8, see
+    `cache_int8`; none for one in the dtype of the activations.
     """
 
     formats: Mapping[str, Format]
@@ -44,11 +45,12 @@ class OrtOptions:
     orders: Mapping[str, Int64] = field(default_factory=dict)
     adapted: Collection[str] = ()
     recordable: bool = False
+    cache: Mapping[str, Float32] = field(default_factory=dict)
 
 
 def lower(model: ir.Model, options: OrtOptions) -> None:
     """Lower the canonical graph in place; leaves every weight described by `stored.Stored`, none with values."""
-    lower_attention(model, options.rotary)
+    lower_attention(model, options.rotary, options.cache)
     order_inputs(model, options.orders)
     pack_linears(model, options.formats)
     pack_qkv(model)

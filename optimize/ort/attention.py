@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from ..graph import MICROSOFT, ROTARY_TABLES, Recorder, add_initializer, constant, ints, nodes_of, producer
 from ..tensors import Float32
+from .cache_int8 import NO_SCALES, rounded_cache
 from .odd_heads import cache_head_dim, positions_of, resized, takes_head
 
 
-def lower_attention(model: ir.Model, rotary: tuple[Float32, Float32]) -> None:
+def lower_attention(
+    model: ir.Model, rotary: tuple[Float32, Float32], scales: Mapping[str, Float32] = NO_SCALES
+) -> None:
     """Needs the canonical graph; leaves GroupQueryAttention with separate queries, keys and values [batch, sequence,
     width].
 
     `position_ids` and the mask made of them go; `attention_mask` [batch, total_sequence] comes: row lengths are its
     sums (contrib op GroupQueryAttention: seqlens_k is the last valid index of each row). The cache becomes as long as
     the caller's buffer, and a sliding window in the mask the op's own. rotary: the tables of cos and sin [context,
-    head_dim / 2]; stored in the dtype of the activations.
+    head_dim / 2]; stored in the dtype of the activations. scales: of a cache in int8, by the names of its inputs, see
+    `cache_int8`; none for a cache in the dtype of the activations.
     """
     graph = model.graph
     dtype = graph.outputs[0].dtype
@@ -33,7 +39,7 @@ def lower_attention(model: ir.Model, rotary: tuple[Float32, Float32]) -> None:
         positions = positions_of(graph, record)
         graph.insert_before(graph[0], record.nodes)
     for node in nodes_of(model, "Attention"):
-        _lower(node, [lengths, total], tables, positions)
+        rounded_cache(_lower(node, [lengths, total], tables, positions), scales)
     common.RemoveUnusedNodesPass()(model)
     graph.inputs.remove(next(value for value in graph.inputs if value.name == "position_ids"))
 
@@ -53,7 +59,7 @@ def _lengths(model: ir.Model) -> tuple[ir.Value, ir.Value]:
     return last, total
 
 
-def _lower(attention: ir.Node, lengths: list[ir.Value], tables: list[ir.Value], positions: ir.Value | None) -> None:
+def _lower(attention: ir.Node, lengths: list[ir.Value], tables: list[ir.Value], positions: ir.Value | None) -> ir.Node:
     """positions: of the new tokens where they are rotated outside of GroupQueryAttention, else None."""
     scatters = [_expect(value, "TensorScatter") for value in attention.inputs[1:3]]
     pasts = [scatter.inputs[0] for scatter in scatters]
@@ -86,6 +92,7 @@ def _lower(attention: ir.Node, lengths: list[ir.Value], tables: list[ir.Value], 
     _replace_merged(graph, attention, lowered.outputs[0], head_dim)
     for scatter, new in zip(scatters, lowered.outputs[1:], strict=True):
         _replace_cache(graph, scatter, new, kv_heads, cache_head_dim(head_dim))
+    return lowered
 
 
 def _local_window(mask: ir.Value | None) -> dict[str, int]:

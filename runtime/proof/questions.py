@@ -57,7 +57,7 @@ def named(line: str, adapter: str | None) -> str:
 
 def plan_of(bundle: Bundle, proof: Proof, choice: Choice, graph: bytes, max_kl: float | None) -> Plan:
     """graph: the bundle's model.onnx. Raises LlamaExportError when the graph is no protobuf message."""
-    dtype, exact = bundle.manifest.shape.cache_dtype, proof.exact
+    dtype, exact = bundle.manifest.shape.activations, proof.exact
     missing = _no_onnxruntime(bundle, choice)
     prompts = tuple(prompt.name for prompt in proof.prompts)
     ending = "" if proof.adapter is None else f", with the adapter {proof.adapter}"

@@ -169,10 +169,12 @@ class _OrtRows:
         self._ort = import_onnxruntime(bundle.manifest)
         self._session = open_session(bundle, graph, threads, exact=exact)
         self._names, self._sizes = cache_names(shape), (shape.kv_heads, 0, shape.head_dim)
-        self._dtype = np.dtype(shape.cache_dtype)
+        self._dtype = np.dtype(shape.activations if exact else shape.cache_dtype)
         inputs = adapter_inputs(self._session)
         self._adapter = (
-            load_adapter(bundle, adapter, inputs) if adapter is not None else no_adapter(inputs, self._dtype)
+            load_adapter(bundle, adapter, inputs)
+            if adapter is not None
+            else no_adapter(inputs, np.dtype(shape.activations))
         )
         self._past: dict[str, npt.NDArray[Any]] = {}
         self.watched: list[str] = []
@@ -260,5 +262,5 @@ def _places(firsts: npt.NDArray[np.int64], count: int) -> tuple[Int64, Int64]:
 
 def most_rows(shape: Shape, context: int) -> int:
     """Texts at once whose cache stays within `_CACHE_BYTES`."""
-    token = 2 * math.prod((shape.layers, shape.kv_heads, shape.head_dim, np.dtype(shape.cache_dtype).itemsize))
+    token = 2 * math.prod((shape.layers, shape.kv_heads, shape.head_dim, np.dtype(shape.activations).itemsize))
     return max(1, min(MOST_ROWS, _CACHE_BYTES // (token * min(context, _USUAL_TEXT))))

@@ -26,6 +26,7 @@ from ..sequence import Backend
 from ..session import engine_name, import_onnxruntime, read_graph
 from ..text import Tokenizer
 from ..threads import choose_threads
+from .cache_scales import compare_cache
 from .foreign import is_foreign
 from .gates import FILES, LAYERS, WEIGHTS, check_budget
 from .input_scales import InputDifference, compare_inputs
@@ -323,7 +324,9 @@ def _weights(bundle: Bundle, graph: bytes, plan: Plan, progress: Progress, threa
     began, index = time.perf_counter(), plan.proof.exact.index
     records = (*index.weights, *index.tables)
     different = compare_weights(bundle, records, advance, threads)
-    check = _stored(plan, "Stored weights", len(records), (*different, *compare_inputs(graph, index)))
+    check = _stored(
+        plan, "Stored weights", len(records), (*different, *compare_inputs(graph, index), *compare_cache(graph, index))
+    )
     if index.inputs:
         check = replace(check, title=f"{check.title}, and the scales of {len(index.inputs)} rounded inputs")
     return replace(check, seconds=time.perf_counter() - began)

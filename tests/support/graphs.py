@@ -17,9 +17,10 @@ from llama_export.export.rotary import rotary_tables
 from llama_export.export.write import lay_out, refer, write_data
 from llama_export.optimize.formats import FP32, Format
 from llama_export.optimize.ort import OrtOptions, lower
+from llama_export.optimize.ort.cache_int8 import NO_SCALES
 from llama_export.optimize.plan import column_orders, plan_formats
 from llama_export.optimize.quantise import stored_values
-from llama_export.optimize.tensors import SourceTensor
+from llama_export.optimize.tensors import Float32, SourceTensor
 from llama_export.progress import Silent
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -152,13 +153,16 @@ def lowered(
     context: int = 64,
     accuracy_level: int = 0,
     recordable: bool = False,
+    cache: Mapping[str, Float32] = NO_SCALES,
 ) -> dict[str, Format]:
-    """Lower to the `ort` dialect and write the files into `folder`; return the formats."""
+    """Lower to the `ort` dialect and write the files into `folder`; return the formats. cache: scales of one in
+    int8.
+    """
     formats = plan_formats(tensors, precision)
     orders = column_orders(tensors, formats)
     lower(
         canonical,
-        OrtOptions(formats, rotary_tables(config, context), accuracy_level, orders, recordable=recordable),
+        OrtOptions(formats, rotary_tables(config, context), accuracy_level, orders, (), recordable, cache),
     )
     layout = lay_out(canonical)
     write_data(canonical, layout, tensors, folder, Silent(), threads=2)
@@ -201,7 +205,7 @@ def run_canonical(path: Path, ids: np.ndarray, cuts: Sequence[int]) -> np.ndarra
     return np.concatenate(parts, axis=1)
 
 
-_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 
 
 def run_ort(model: onnxruntime.InferenceSession, ids: np.ndarray, cuts: Sequence[int]) -> np.ndarray:
