@@ -1,0 +1,145 @@
+"""Codes that make up for one another: GPTQ (Frantar et al., arXiv:2210.17323) on a grid that is searched beforehand,
+then coordinate descent on codes and scales (as CDQuant, arXiv:2406.17542, does).
+
+All work on the error that a matrix W [rows, columns] leaves in its product, sum over inputs x of |(W - Q) x|^2 =
+trace((W - Q) H (W - Q)^T), H the mean of x x^T [columns, columns]. Rows do not depend on one another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..formats import Format
+from ..quantise import above_zero, half_scales
+from ..tensors import Blocks
+from .search import search
+
+DAMPING = 0.01
+"""Added to H's diagonal, in parts of its mean: inputs that a short text lacks count a little."""
+
+_CHUNK = 64
+"""Columns after which an error reaches the columns beyond, by one matrix product instead of many."""
+
+
+@dataclass
+class _Grid:
+    """The numbers that each place of a matrix can hold: scale * (0 ... top - zero), [rows, blocks] each."""
+
+    format: Format
+    scales: torch.Tensor
+    zeros: torch.Tensor
+
+    @property
+    def top(self) -> int:
+        return int(2**self.format.bits) - 1
+
+    def wide(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales and zero points of each column, [rows, columns]."""
+        return tuple(part.repeat_interleave(self.format.block, 1) for part in (self.scales, self.zeros))  # type: ignore[return-value]
+
+
+def gptq(weight: torch.Tensor, hessian: torch.Tensor, format: Format, *, damping: float = DAMPING, rounds: int = 2) -> Blocks:
+    """Codes of `weight` float32 [rows, columns] in `format` (blocks of integers), for inputs whose mean of x x^T is
+    `hessian` float32 [columns, columns], on the device of both. rounds: of coordinate descent.
+
+    Columns are rounded in the order of their importance, the largest first (act-order); blocks stay where they are.
+    """
+    rows, columns = weight.shape
+    more = format.padded(columns) - columns
+    weight, hessian = F.pad(weight, (0, more)), F.pad(hessian, (0, more, 0, more))
+    importance = hessian.diagonal().clone()
+    found = search(weight.cpu().numpy(), format, importance.cpu().numpy())
+    damped = _damped(hessian, damping)
+    middle = 2 ** (format.bits - 1)
+    zeros = np.full_like(found.scales, middle) if found.zeros is None else found.zeros.astype(np.float32)
+    grid = _Grid(format, *(torch.from_numpy(part).to(weight.device) for part in (found.scales, zeros)))
+    codes = _compensated(weight, damped, grid)
+    for _ in range(rounds):
+        _fit_scales(weight, damped, grid, codes)
+        _descend(weight, damped, grid, codes)
+    stored = (codes + grid.wide()[1]).to(torch.uint8).cpu().numpy()
+    return above_zero(Blocks(format, stored, grid.scales.cpu().numpy(), found.zeros))
+
+
+def _damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    mean = hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    return hessian + torch.eye(len(hessian), device=hessian.device) * (damping * mean)
+
+
+def _compensated(weight: torch.Tensor, hessian: torch.Tensor, grid: _Grid) -> torch.Tensor:
+    """GPTQ: round a column, and let the columns that are not rounded yet make up for it. Codes less zero points."""
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    upper = _inverse_factor(hessian[order][:, order])
+    left = weight[:, order]
+    scales, zeros = (part[:, order] for part in grid.wide())
+    lowest, highest = -zeros, grid.top - zeros
+    codes = torch.empty_like(left)
+    for start in range(0, left.shape[1], _CHUNK):
+        stop = min(left.shape[1], start + _CHUNK)
+        factor = upper[start:stop, start:stop]
+        chunk, errors = left[:, start:stop].T.contiguous(), torch.empty(stop - start, len(left), device=left.device)
+        for at in range(stop - start):
+            column, scale = chunk[at], scales[:, start + at]
+            code = torch.minimum(torch.maximum((column / scale).round_(), lowest[:, start + at]), highest[:, start + at])
+            codes[:, start + at] = code
+            errors[at] = (column - code * scale) / factor[at, at]
+            if at + 1 < stop - start:
+                chunk[at + 1 :].addr_(factor[at, at + 1 :], errors[at], alpha=-1)
+        left[:, stop:].addmm_(errors.T, upper[start:stop, stop:], alpha=-1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return codes[:, back]
+
+
+def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """The upper Cholesky factor of the inverse; where float32 finds none, with more damping."""
+    for more in (0.0, 0.01, 0.1, 1.0):
+        factor, failed = torch.linalg.cholesky_ex(_damped(hessian, more) if more else hessian)
+        if failed:
+            continue
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+        if not failed:
+            return upper
+    return torch.diag(hessian.diagonal().clamp(min=1e-30).rsqrt())
+
+
+def _fit_scales(weight: torch.Tensor, hessian: torch.Tensor, grid: _Grid, codes: torch.Tensor) -> None:
+    """Set each block's scale, one after another, to the best for the codes and the other blocks."""
+    block = grid.format.block
+    values = codes * grid.wide()[0]
+    pull = (weight - values) @ hessian
+    for number in range(grid.scales.shape[1]):
+        span = slice(number * block, (number + 1) * block)
+        part, old = codes[:, span], grid.scales[:, number]
+        best = old + (part * pull[:, span]).sum(1) / (part * (part @ hessian[span, span])).sum(1)
+        if grid.format.half:
+            best = torch.from_numpy(half_scales(best.cpu().numpy())).to(best.device)
+        sound = torch.isfinite(best) & (best * old > 0)
+        best = torch.where(sound, best, old)
+        pull -= (part * (best - old)[:, None]) @ hessian[span]
+        grid.scales[:, number] = best
+
+
+def _descend(weight: torch.Tensor, hessian: torch.Tensor, grid: _Grid, codes: torch.Tensor) -> None:
+    """Set each code, one after another, to the best beside all others."""
+    scales, zeros = grid.wide()
+    lowest, highest = -zeros, grid.top - zeros
+    pull = ((weight - codes * scales) @ hessian).T.contiguous()
+    own = hessian.diagonal()
+    for start in range(0, len(own), _CHUNK):
+        stop = min(len(own), start + _CHUNK)
+        near, here = hessian[start:stop, start:stop], pull[start:stop].clone()
+        changes = torch.zeros_like(here)
+        for at in range(stop - start):
+            column = start + at
+            scale, old = scales[:, column], codes[:, column]
+            code = (old + here[at] / (own[column] * scale)).round_()
+            code = torch.minimum(torch.maximum(code, lowest[:, column]), highest[:, column])
+            changes[at] = (code - old) * scale
+            codes[:, column] = code
+            here.addr_(near[at], changes[at], alpha=-1)
+        pull -= hessian[:, start:stop] @ changes
