@@ -10,6 +10,7 @@ from typing import Any
 
 from .export.loss import Loss
 from .runtime.bundle import AdapterRecord, Manifest
+from .runtime.quality import Quality
 from .tables import size
 from .targets.context import ContextChoice
 from .targets.engine_process import Built
@@ -18,7 +19,8 @@ from .targets.engine_process import Built
 @dataclass(frozen=True)
 class BuildReport:
     """What was made. losses: of tensors that came quantised and could not be kept as they are; stages: seconds by
-    stage; engine: what building one took, None where none was built.
+    stage; engine: what building one took, None where none was built; quality: what quantisation cost, None where that
+    was not measured.
     """
 
     output: Path
@@ -28,6 +30,7 @@ class BuildReport:
     losses: Sequence[Loss]
     stages: Mapping[str, float]
     engine: Built | None = None
+    quality: Quality | None = None
 
     @property
     def bytes(self) -> int:
@@ -42,6 +45,7 @@ class BuildReport:
             *(_adapter_line(adapter) for adapter in manifest.adapters),
             self.context.reason,
             *(_engine_lines(self.engine)),
+            *(() if self.quality is None else self.quality.lines),
             *self.notes,
             f"Licence: {manifest.model.licence_told.rstrip('.')}.",
             *manifest.model.duties,
@@ -57,6 +61,7 @@ class BuildReport:
             "context": asdict(self.context),
             "notes": list(self.notes),
             "engine": None if self.engine is None else asdict(self.engine),
+            "quality": None if self.quality is None else json.loads(self.quality.to_json()),
             "losses": [{**asdict(loss), "relative": loss.relative} for loss in self.losses],
             "manifest": json.loads(self.manifest.to_json()),
         }

@@ -53,7 +53,7 @@ class Measurer:
     """Measures the bundle in `folder`, whose graph and weights are there and whose manifest is not yet.
 
     source: with adapters merged in, where they are; those beside the weights are left out. stored: the tensors that
-    were written. placements: where, see `write.placements`.
+    were written. placements: where, see `write.placements`. activations: the dtype that the graph computes in.
     """
 
     source: Source
@@ -61,6 +61,7 @@ class Measurer:
     placements: Mapping[str, Placement]
     folder: Path
     manifest: Manifest
+    activations: str
     text: QualityText
     progress: Progress
 
@@ -121,7 +122,7 @@ class Measurer:
 
     @property
     def _scales(self) -> npt.DTypeLike:
-        return np.dtype(self.manifest.shape.cache_dtype)
+        return np.dtype(self.activations)
 
     def _bytes(self) -> dict[str, int]:
         counts: Counter[str] = Counter()
