@@ -45,7 +45,7 @@ class BuildReport:
             *(_adapter_line(adapter) for adapter in manifest.adapters),
             self.context.reason,
             *(_engine_lines(self.engine)),
-            *(() if self.quality is None else self.quality.lines),
+            *(() if self.quality is None else (self.quality.told,)),
             *self.notes,
             f"Licence: {manifest.model.licence_told.rstrip('.')}.",
             *manifest.model.duties,

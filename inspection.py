@@ -26,6 +26,7 @@ from .runtime.bundle import (
 from .runtime.hashes import is_checked
 from .runtime.proof.reference import EXACT, WeightRecord
 from .runtime.proof.reference_file import load_index_of_bundle
+from .runtime.quality import Quality, load_quality
 from .tables import columns, size
 from .targets.context import CACHE_BYTES, Load, bytes_per_token, needed_bytes
 
@@ -47,7 +48,7 @@ def lines(bundle: Bundle) -> list[str]:
 
 def to_json(bundle: Bundle) -> dict[str, Any]:
     """The manifest, and under "derived" what follows from it; sizes in bytes."""
-    manifest = bundle.manifest
+    manifest, quality = bundle.manifest, _quality(bundle)
     return {
         "path": str(bundle.path),
         "manifest": json.loads(manifest.to_json()),
@@ -58,6 +59,7 @@ def to_json(bundle: Bundle) -> dict[str, Any]:
             "parameters": _parameters(bundle),
             "hashes": _hashes(bundle),
         },
+        "quality": None if quality is None else json.loads(quality.to_json()),
     }
 
 
@@ -78,6 +80,7 @@ def _facts(bundle: Bundle) -> list[tuple[str, str]]:
         ("limits", _limits_text(manifest.limits)),
         ("cache", _cache_text(manifest.shape, manifest.limits)),
         ("memory", f"about {size(needed_bytes(_load(bundle), manifest.limits.context))} at full context (an estimate)"),
+        ("quality", _quality_text(bundle)),
         ("size", f"{size(total)} in {len(manifest.files)} files"),
         ("hashes", _hashes(bundle)),
         ("needs", _versions(manifest.minimum, " or newer")),
@@ -132,6 +135,22 @@ def _parameters(bundle: Bundle) -> dict[str, int] | None:
     for weight in {weight.name: weight for weight in weights}.values():  # a tied embedding may be there twice
         counts[weight.format] += prod(weight.shape)
     return dict(counts.most_common())
+
+
+def _quality(bundle: Bundle) -> Quality | None:
+    """What quantisation cost; None where the bundle does not say, or what it says is damaged."""
+    try:
+        return load_quality(bundle)
+    except LlamaExportError:
+        return None
+
+
+def _quality_text(bundle: Bundle) -> str:
+    try:
+        quality = load_quality(bundle)
+    except LlamaExportError as error:
+        return str(error)
+    return "" if quality is None else f"{quality.method}, {quality.bits:.3g} bits a weight. {quality.told}"
 
 
 def _parameters_text(bundle: Bundle) -> str:

@@ -19,6 +19,7 @@ from .runtime.proof.reports.junit import junit_xml
 from .runtime.proof.reports.table import lines as table_lines
 from .runtime.proof.verdict import Check, Verdict, to_json
 from .runtime.proof.verify import verify
+from .runtime.quality import Quality, load_quality
 
 if TYPE_CHECKING:
     from .export.bisect import Bisection
@@ -43,10 +44,13 @@ class VerifyOptions:
 
 @dataclass(frozen=True)
 class Report:
-    """All runs, and where the graph breaks, if that was asked."""
+    """All runs, and where the graph breaks, if that was asked. quality: what quantisation cost where it was built, None
+    where the bundle does not say.
+    """
 
     verdicts: tuple[Verdict, ...]
     bisection: Bisection | None = None
+    quality: Quality | None = None
 
     @property
     def passed(self) -> bool:
@@ -65,7 +69,8 @@ class Report:
 
     def json(self) -> str:
         """For programs."""
-        return json.dumps({**to_json(self.verdicts), **self._bisected()}, indent=2) + "\n"
+        quality = None if self.quality is None else json.loads(self.quality.to_json())
+        return json.dumps({**to_json(self.verdicts), "quality": quality, **self._bisected()}, indent=2) + "\n"
 
     def junit(self) -> str:
         """For every CI: one case for each prompt and gate."""
@@ -73,7 +78,7 @@ class Report:
 
     def html(self) -> str:
         """For people who look closer: one page that needs nothing else."""
-        return html_page(self.verdicts, self._bisected().get("bisection"))
+        return html_page(self.verdicts, self._bisected().get("bisection"), self.quality)
 
     def _bisected(self) -> Mapping[str, Any]:
         return {} if self.bisection is None else {"bisection": self.bisection.to_json()}
@@ -107,7 +112,17 @@ def report_of(path: Path, options: VerifyOptions, progress: Progress) -> Report:
         verdicts = [_run(bundle, options.backends[0] if options.backends else None, options, progress)]
     else:
         verdicts = [_run_or_tell(bundle, backend, options, progress) for backend in options.backends]
-    return Report(tuple(verdicts), _bisected(bundle, options, progress) if options.bisect else None)
+    bisection = _bisected(bundle, options, progress) if options.bisect else None
+    return Report(tuple(verdicts), bisection, _quality(bundle, progress))
+
+
+def _quality(bundle: Bundle, progress: Progress) -> Quality | None:
+    """What quantisation cost; what is damaged fails the hashes, and is left out here."""
+    try:
+        return load_quality(bundle)
+    except LlamaExportError as error:
+        progress.warn(str(error))
+        return None
 
 
 def refuse_outputs(files: Sequence[Path | None]) -> None:

@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Any
 
 from ..errors import LlamaExportError
+from ..tables import clipped
 from .bundle import QUALITY_FILE, Bundle
 from .decode_json import decode
 
@@ -19,6 +20,8 @@ _MOST_BYTES = 8 << 20
 """Of the file; a model of 400 layers takes one."""
 _MOST_BITS = 256
 """A value: no block that is padded to its end takes more."""
+_NAME = 60
+"""Columns of a text's name."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -125,13 +128,16 @@ class Quality:
         return sum(one.bits * one.size for one in self.matrices) / sum(one.size for one in self.matrices)
 
     @property
-    def lines(self) -> list[str]:
-        """What it cost, for people: of the weights, and of what runs."""
-        end = self.end
-        told = [_told(end.weights, end.original_perplexity)]
-        if end.shipped is None:
-            return [*told, f"Not measured as it runs: {end.not_shipped}"]
-        return [*told, _told(end.shipped, end.original_perplexity)]
+    def told(self) -> str:
+        """What it cost, in a sentence for people: of what runs, where that was measured."""
+        shipped, weights, original = self.end.shipped, self.end.weights, self.end.original_perplexity
+        found = weights if shipped is None else shipped
+        which = "of the weights alone" if shipped is None else f"as it runs, {weights.kl.value:.3g} of the weights"
+        return (
+            f"What quantisation cost, on {self.text.tokens:,} tokens of {clipped(self.text.name, _NAME)}: "
+            f"KL {_with_interval(found.kl)} {which}; same likeliest token {100 * found.top1_agreement:.1f} %; "
+            f"perplexity {original:.4g} -> {found.perplexity:.4g}."
+        )
 
     @staticmethod
     def from_json(text: str | bytes) -> Quality:
@@ -157,13 +163,9 @@ class Quality:
         return text.removesuffix("[]\n}") + (f"[\n{lines}\n  ]\n}}\n" if rows else "[]\n}\n")
 
 
-def _told(found: EndFigures, original: float) -> str:
-    kl = found.kl
+def _with_interval(kl: Interval) -> str:
     spread = "" if kl.low is None or kl.high is None else f" ({kl.low:.3g} to {kl.high:.3g})"
-    return (
-        f"{found.by}: KL {kl.value:.3g}{spread}, same likeliest token {100 * found.top1_agreement:.1f} %, "
-        f"perplexity {original:.4g} -> {found.perplexity:.4g}"
-    )
+    return f"{kl.value:.3g}{spread}"
 
 
 def load_quality(bundle: Bundle) -> Quality | None:

@@ -12,9 +12,11 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from ...quality import Quality
 from ..verdict import Case, Check, Gate, Moment, Verdict, number
 from . import plots
 from .broken import broken
+from .costs import costs
 from .plots import Picture, Series, log_plot
 from .words import WayRow, bound, brief, by_way, distinct, head, outcome, run_names, way_name, whole
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 _WORST = 5  # positions of a prompt
 _SHOWN = 40  # characters of a token
 _NAME = 120
+_SENTENCE = 600
 _MOST_PICTURES = 60  # of a check: prompts beyond are told in the table alone
 _VISIBLE = {ord("\n"): "⏎", ord("\r"): "⏎", ord("\t"): "⇥"}
 
@@ -52,8 +55,12 @@ class Section:
     layers: Picture | None
 
 
-def html_page(verdicts: Sequence[Verdict], bisection: Mapping[str, Any] | None = None) -> str:
-    """The verdicts of one bundle as an HTML document. bisection: what `verify --bisect` found, see `broken`."""
+def html_page(
+    verdicts: Sequence[Verdict], bisection: Mapping[str, Any] | None = None, quality: Quality | None = None
+) -> str:
+    """The verdicts of one bundle as an HTML document. bisection: what `verify --bisect` found, see `broken`. quality:
+    what quantisation cost, where that was measured.
+    """
     runs = [
         (name, verdict, [_section(check) for check in verdict.checks])
         for name, verdict in zip(run_names(verdicts), verdicts, strict=True)
@@ -65,6 +72,7 @@ def html_page(verdicts: Sequence[Verdict], bisection: Mapping[str, Any] | None =
         bundle=verdicts[0].bundle if verdicts else "",
         notes=list(dict.fromkeys(note for verdict in verdicts for note in verdict.notes)),
         broken=None if bisection is None else broken(bisection),
+        costs=None if quality is None else costs(quality),
     )
 
 
@@ -81,6 +89,7 @@ def _template() -> Template:
         way=way_name,
         shown=shown,
         clip=clip,
+        seen=lambda text: shown(text, _SENTENCE),
     )
     environment.globals["plots"] = plots
     return environment.from_string(files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8"))

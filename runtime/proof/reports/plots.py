@@ -51,7 +51,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Picture:
-    """A plot with a logarithmic scale upwards. limit, boundary: where the lines of these are, None for none."""
+    """A plot. limit, boundary: where the lines of these are, None for none."""
 
     title: str
     across: str
@@ -72,13 +72,11 @@ def log_plot(
     limit: float | None = None,
     boundary: int | None = None,
 ) -> Picture:
-    """Lay a picture out. limit: of the values; boundary: a place before which a line is drawn."""
-    places = [place for one in series for place in one.places]
-    first, last = min(places, default=0), max(places, default=0)
+    """Lay a picture out whose scale upwards is logarithmic. limit: of the values; boundary: a place before which a line
+    is drawn.
+    """
+    first, last, x = _across(series)
     low, high = _decades([value for one in series for value in one.values if value is not None], limit)
-
-    def x(place: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (place - first) / max(last - first, 1)
 
     def y(value: float) -> float:
         share = (math.log10(min(max(value, 10.0**low), 10.0**high)) - low) / (high - low)
@@ -95,6 +93,34 @@ def log_plot(
         None if limit is None or limit <= 0 else y(limit),
         None if boundary is None or not first < boundary <= last else x(boundary - 0.5),
     )
+
+
+def linear_plot(title: str, across: str, upwards: str, series: Sequence[Series]) -> Picture:
+    """Lay a picture out whose scale upwards begins at 0; values are finite."""
+    first, last, x = _across(series)
+    ticks = _whole_ticks(0, max(1, math.ceil(max((value or 0.0 for one in series for value in one.values), default=1))))
+    most = max(ticks[-1] + (ticks[1] if len(ticks) > 1 else 1), 1)
+
+    def y(value: float) -> float:
+        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - value / most)
+
+    return Picture(
+        title,
+        across,
+        upwards,
+        tuple(_curve(one, [x(place) for place in one.places], y) for one in series),
+        tuple(Tick(x(place), str(place)) for place in _whole_ticks(first, last)),
+        tuple(Tick(y(tick), str(tick)) for tick in ticks),
+        None,
+        None,
+    )
+
+
+def _across(series: Sequence[Series]) -> tuple[int, int, Callable[[float], float]]:
+    """The first and the last place, and where on the page each is."""
+    places = [place for one in series for place in one.places]
+    first, last = min(places, default=0), max(places, default=0)
+    return first, last, lambda place: LEFT + (WIDTH - LEFT - RIGHT) * (place - first) / max(last - first, 1)
 
 
 def _curve(series: Series, across: Sequence[float], y: Callable[[float], float]) -> Curve:
