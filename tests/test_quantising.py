@@ -284,9 +284,9 @@ def test_scales_of_graphs_in_float16_are_known_to_the_method_and_to_the_quantise
     found = quantised(run, tmp_path).tensors
     assert all(format.half for format in asked.formats)
     twin = with_stored_weights(model, found, run.formats, np.float16)
-    after = inputs_of(twin, run.text)
+    after, counts = inputs_of(twin, run.text), weights_of(model, run.text)
     for name, statistics in zip(order_of(model), asked.statistics, strict=True):
-        assert close(statistics.hessian, after[name].T @ after[name] / sum(LENGTHS))
+        assert close(statistics.hessian, (after[name] * counts.get(name, 1)).T @ after[name] / sum(LENGTHS))
         blocks = found[name].blocks(0, 5)
         assert blocks.format == run.formats[name]
         assert np.array_equal(blocks.scales, blocks.scales.astype(np.float16).astype(np.float32))
@@ -310,8 +310,9 @@ def test_only_blocks_of_integers_are_the_methods_work(tmp_path: Path) -> None:
     names = [name for name in order_of(model) if formats[name].block]
     assert len(asked.formats) == len(names) == 21 - 3
     after = inputs_of(with_stored_weights(model, found.tensors, formats), run.text)
+    counts = weights_of(model, run.text)
     for name, statistics in zip(names, asked.statistics, strict=True):
-        assert close(statistics.hessian, after[name].T @ after[name] / sum(LENGTHS)), name
+        assert close(statistics.hessian, (after[name] * counts.get(name, 1)).T @ after[name] / sum(LENGTHS)), name
     assert formats[EMBEDDING].block  # looked up: no text tells of it
     assert {name for name, one in found.tensors.items() if one.blocks is not None} == {*names, EMBEDDING}
 
@@ -353,9 +354,9 @@ def test_scales_move_between_tensors_and_the_method_sees_the_new_ones(variant: s
     norm = "model.layers.0.input_layernorm.weight"
     assert not np.allclose(found[norm].read(0, 128), run.source.tensors[norm].read(0, 128), rtol=0.1)
     twin = with_stored_weights(model, found, run.formats)
-    after = inputs_of(twin, run.text)
+    after, counts = inputs_of(twin, run.text), weights_of(model, run.text)
     for name, statistics in zip(order_of(model), asked.statistics, strict=True):
-        assert close(statistics.hessian, after[name].T @ after[name] / sum(LENGTHS)), name
+        assert close(statistics.hessian, (after[name] * counts.get(name, 1)).T @ after[name] / sum(LENGTHS)), name
     exact = dict(zip(order_of(model), asked.weights, strict=True))
     moved = {name: found[name].read(0, tensor.shape[0]) for name, tensor in run.source.tensors.items()}
     state = {name: exact[name] if name in exact else torch.from_numpy(values) for name, values in moved.items()}
@@ -453,7 +454,7 @@ def test_an_overlay_has_the_codes_of_its_method_and_leaves_others_alone() -> Non
     model = llama(tie_word_embeddings=False)
     tensors = source_tensors(model)
     formats = plan_formats(tensors, "int4") | {"lm_head.weight": FP16, "model.layers.0.mlp.up_proj.weight": INT8_ROW}
-    found = searched(tensors, formats, search)
+    found = searched(tensors, formats, lambda _, rows, format: search(rows, format), "float32")
     for name, tensor in tensors.items():
         if formats[name].block == 0:
             assert found[name] is tensor
@@ -467,7 +468,7 @@ def test_an_overlay_has_the_codes_of_its_method_and_leaves_others_alone() -> Non
 def test_an_overlay_of_rounding_to_nearest_changes_nothing() -> None:
     tensors = source_tensors(llama())
     formats = plan_formats(tensors, "int8")
-    found = searched(tensors, formats, quantise)
+    found = searched(tensors, formats, lambda _, rows, format: quantise(rows, format), "float16")
     for name, tensor in tensors.items():
         values = (stored_values(one, formats[name], 0, tensor.shape[0], "float16") for one in (found[name], tensor))
         assert np.array_equal(*values)
@@ -477,7 +478,9 @@ def test_an_overlay_tells_of_values_that_are_not_finite() -> None:
     values = np.ones((2, 64), np.float32)
     values[1, 40] = np.nan
     tensor = SourceTensor("w", (2, 64), "F32", FP32, lambda start, stop: values[start:stop])
-    found = searched({"w": tensor}, {"w": INT4}, search)["w"].blocks(0, 2)
+    found = searched({"w": tensor}, {"w": INT4}, lambda _, rows, format: search(rows, format), "float32")["w"].blocks(
+        0, 2
+    )
     assert np.isfinite(found.scales).tolist() == [[True, True], [True, False]]
 
 

@@ -17,8 +17,8 @@ import torch
 
 from ...optimize.equivalence import Seam, scaled
 from ...optimize.formats import EMBEDDING, FP32
-from ...optimize.overlay import ours, searched
-from ...optimize.quantise import dequantise, round_scales, stored_values
+from ...optimize.overlay import ours, rounded_by, searched
+from ...optimize.quantise import dequantise, stored_values
 from ...optimize.tensors import Float32, SourceTensor
 from ...progress import Progress
 from ..config import transformers_config
@@ -151,7 +151,8 @@ class _Pass:
         tokens = np.unique(np.concatenate([np.asarray(sequence) for sequence in sequences]))
         rows = np.concatenate([tensor.read(int(token), int(token) + 1) for token in tokens])
         if stored and ours(tensor, format):
-            blocks = round_scales(self._run.data_free.rows(rows, format), dtype)
+            data_free = self._run.data_free
+            blocks = rounded_by(lambda asked: data_free.rows(EMBEDDING, rows, asked), format, dtype)
             rows = dequantise(blocks, tensor.shape[1])
         elif stored and format != FP32:
             each = [stored_values(tensor, format, int(token), int(token) + 1, dtype) for token in tokens]
@@ -174,7 +175,7 @@ class _Pass:
             before = None if moved[name] is run.source.tensors[name] else moved[name]
             return kept_tensor(solved[name], other, run.formats[name], run.method.told, before)
 
-        others = searched(moved, run.formats, run.data_free.rows)
+        others = searched(moved, run.formats, run.data_free.rows, run.scale_dtype)
         return {name: tensor(name, other) for name, other in others.items()}
 
 

@@ -14,8 +14,9 @@ from transformers import PreTrainedConfig
 
 from ...errors import LlamaExportError
 from ...optimize.equivalence import Seam, factors_of, scaled, seams_of
-from ...optimize.formats import FP32, with_half
-from ...optimize.quantise import dequantise, round_scales, stored_values
+from ...optimize.formats import FP32
+from ...optimize.overlay import rounded_by
+from ...optimize.quantise import dequantise, stored_values
 from ...optimize.tensors import Blocks, Float32, SourceTensor
 from ..layerwise import Texts, cuts, decoder_layer, layer_name
 from ..safetensors_file import StoredTensor
@@ -60,10 +61,7 @@ def values_of(tensor: SourceTensor, start: int, stop: int) -> torch.Tensor:
 
 def solved(run: Run, name: str, weight: torch.Tensor, statistics: Statistics) -> Blocks:
     """The codes that the method makes of a matrix, or of some rows of it, with scales as they are stored."""
-    format = run.formats[name]
-    half = np.dtype(run.scale_dtype) == np.float16
-    found = run.method.solve(weight, statistics, with_half(format) if half else format)
-    return round_scales(replace(found, format=format), run.scale_dtype)
+    return rounded_by(lambda format: run.method.solve(weight, statistics, format), run.formats[name], run.scale_dtype)
 
 
 def seams(run: Run, index: int) -> tuple[Seam, ...]:

@@ -67,4 +67,4 @@ class DataFree:
     rows: QuantiseRows
 
 
-ROUND_TO_NEAREST = DataFree("rtn", 1, quantise)
+ROUND_TO_NEAREST = DataFree("rtn", 1, lambda _, rows, format: quantise(rows, format))

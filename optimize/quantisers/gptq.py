@@ -21,6 +21,15 @@ from .search import search
 DAMPING = 0.01
 """Added to H's diagonal, in parts of its mean: inputs that a short text lacks count a little."""
 
+ROUNDS = 2
+"""Of coordinate descent, after which little changes."""
+
+CORRECTION = 0.5
+"""How far weights go towards making up for the errors of those before: all the way fits the text too well."""
+
+_RIDGE = 0.05
+"""Damping of that fit."""
+
 _CHUNK = 64
 """Columns after which an error reaches the columns beyond, by one matrix product instead of many."""
 
@@ -42,25 +51,59 @@ class _Grid:
         return tuple(part.repeat_interleave(self.format.block, 1) for part in (self.scales, self.zeros))  # type: ignore[return-value]
 
 
-def gptq(weight: torch.Tensor, hessian: torch.Tensor, format: Format, *, damping: float = DAMPING, rounds: int = 2) -> Blocks:
-    """Codes of `weight` float32 [rows, columns] in `format` (blocks of integers), for inputs whose mean of x x^T is
-    `hessian` float32 [columns, columns], on the device of both. rounds: of coordinate descent.
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What a matrix of so many columns multiplies, padded to whole blocks: the same for all matrices that read it.
+
+    importance: [columns], the diagonal of H. hessian: H with some damping. order: columns by their importance, the
+    largest first; upper: the upper Cholesky factor of the inverse of `hessian` in that order.
+    """
+
+    importance: torch.Tensor
+    hessian: torch.Tensor
+    order: torch.Tensor
+    upper: torch.Tensor
+
+
+def inputs_of(hessian: torch.Tensor, width: int, damping: float = DAMPING) -> Inputs:
+    """hessian: the mean of x x^T, float32 [columns, columns]; width: columns with those that pad the last block."""
+    more = width - len(hessian)
+    padded = F.pad(hessian, (0, more, 0, more))
+    damped = _damped(padded, damping)
+    order = torch.argsort(padded.diagonal(), descending=True, stable=True)
+    return Inputs(padded.diagonal().clone(), damped, order, _inverse_factor(damped[order][:, order]))
+
+
+def correction(hessian: torch.Tensor, cross: torch.Tensor, share: float = CORRECTION) -> torch.Tensor:
+    """A [columns, columns] such that W A is what a matrix should have been to make of its inputs x, which have the
+    errors of all that was quantised before, what W makes of the right ones, o: least squares over the text, and of that
+    a `share` of the way, since a short text tells only so much (cf. GPTAQ, arXiv:2504.02692).
+
+    hessian: the mean of x x^T; cross: of x o^T.
+    """
+    unit = torch.eye(len(hessian), device=hessian.device)
+    damping = _RIDGE * hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny) * unit
+    factor, failed = torch.linalg.cholesky_ex(hessian + damping)
+    if failed:
+        return unit
+    return unit + share * (torch.cholesky_solve(cross + damping, factor).T - unit)
+
+
+def gptq(weight: torch.Tensor, inputs: Inputs, format: Format, *, rounds: int = ROUNDS) -> Blocks:
+    """Codes of `weight` float32 [rows, columns] in `format` (blocks of integers), for what it multiplies, on the device
+    of both. rounds: of coordinate descent.
 
     Columns are rounded in the order of their importance, the largest first (act-order); blocks stay where they are.
     """
-    rows, columns = weight.shape
-    more = format.padded(columns) - columns
-    weight, hessian = F.pad(weight, (0, more)), F.pad(hessian, (0, more, 0, more))
-    importance = hessian.diagonal().clone()
-    found = search(weight.cpu().numpy(), format, importance.cpu().numpy())
-    damped = _damped(hessian, damping)
+    weight = F.pad(weight, (0, len(inputs.importance) - weight.shape[1]))
+    found = search(weight.cpu().numpy(), format, inputs.importance.cpu().numpy())
     middle = 2 ** (format.bits - 1)
     zeros = np.full_like(found.scales, middle) if found.zeros is None else found.zeros.astype(np.float32)
     grid = _Grid(format, *(torch.from_numpy(part).to(weight.device) for part in (found.scales, zeros)))
-    codes = _compensated(weight, damped, grid)
+    codes = _compensated(weight, inputs, grid)
     for _ in range(rounds):
-        _fit_scales(weight, damped, grid, codes)
-        _descend(weight, damped, grid, codes)
+        _fit_scales(weight, inputs.hessian, grid, codes)
+        _descend(weight, inputs.hessian, grid, codes)
     stored = (codes + grid.wide()[1]).to(torch.uint8).cpu().numpy()
     return above_zero(Blocks(format, stored, grid.scales.cpu().numpy(), found.zeros))
 
@@ -70,10 +113,9 @@ def _damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     return hessian + torch.eye(len(hessian), device=hessian.device) * (damping * mean)
 
 
-def _compensated(weight: torch.Tensor, hessian: torch.Tensor, grid: _Grid) -> torch.Tensor:
+def _compensated(weight: torch.Tensor, inputs: Inputs, grid: _Grid) -> torch.Tensor:
     """GPTQ: round a column, and let the columns that are not rounded yet make up for it. Codes less zero points."""
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    upper = _inverse_factor(hessian[order][:, order])
+    order, upper = inputs.order, inputs.upper
     left = weight[:, order]
     scales, zeros = (part[:, order] for part in grid.wide())
     lowest, highest = -zeros, grid.top - zeros
@@ -84,7 +126,9 @@ def _compensated(weight: torch.Tensor, hessian: torch.Tensor, grid: _Grid) -> to
         chunk, errors = left[:, start:stop].T.contiguous(), torch.empty(stop - start, len(left), device=left.device)
         for at in range(stop - start):
             column, scale = chunk[at], scales[:, start + at]
-            code = torch.minimum(torch.maximum((column / scale).round_(), lowest[:, start + at]), highest[:, start + at])
+            code = torch.minimum(
+                torch.maximum((column / scale).round_(), lowest[:, start + at]), highest[:, start + at]
+            )
             codes[:, start + at] = code
             errors[at] = (column - code * scale) / factor[at, at]
             if at + 1 < stop - start:

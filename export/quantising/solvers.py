@@ -1,0 +1,44 @@
+"""The methods that a build knows, by the name that `--method` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ...optimize.formats import Format
+from ...optimize.quantisers.gptq import CORRECTION, DAMPING, ROUNDS, correction, gptq, inputs_of
+from ...optimize.quantisers.search import search
+from ...optimize.tensors import Blocks, Float32
+from .method import DataFree, Method
+from .statistics import Statistics
+
+
+def _solve(weight: torch.Tensor, statistics: Statistics, format: Format) -> Blocks:
+    width = format.padded(weight.shape[1])
+    inputs = statistics.once(f"inputs {width}", lambda: inputs_of(statistics.hessian, width))
+    if statistics.cross is not None:
+        cross = statistics.cross
+        weight = weight @ statistics.once("correction", lambda: correction(statistics.hessian, cross))
+    return gptq(weight, inputs, format)
+
+
+GPTQ = Method(
+    "gptq",
+    version=1,
+    told="GPTQ by llama-export",
+    solve=_solve,
+    cross=True,
+    settings={"damping": DAMPING, "rounds": ROUNDS, "correction": CORRECTION},
+)
+
+
+def searching(importances: Mapping[str, Float32]) -> DataFree:
+    """Search with what each column counts for, by name of the matrix; those without are searched as if all counted the
+    same.
+    """
+
+    def rows(name: str, values: Float32, format: Format) -> Blocks:
+        return search(values, format, importances.get(name))
+
+    return DataFree("search", 1, rows)
