@@ -1,5 +1,5 @@
-"""What each column of a matrix counts for, without any text: the squares of what it multiplies while the model reads
-tokens that are drawn at random.
+"""What a data-free method knows of a model: factors that make columns alike, and what each column of a matrix counts
+for: the squares of what it multiplies while the model reads tokens that are drawn at random.
 
 A squared error in a weight costs what the square of its input is worth, and channels differ by orders of magnitude.
 Which are large is a matter of the weights before (norms, outlier channels, the products of an MLP's gates) more than of
@@ -14,12 +14,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from ...optimize.equivalence import Factors, Seam, factors_of, seams_of
+from ...optimize.formats import Format
 from ...optimize.plan import head_of
+from ...optimize.quantisers.equalise import equalised
 from ...optimize.tensors import Float32, SourceTensor
 from ...progress import Progress
 from ..config import transformers_config
-from ..layerwise import Layerwise, Parts, cuts, float32_bytes, projections
+from ..layerwise import Layerwise, Parts, cuts, float32_bytes, layer_name, projections
 from ..source import Source
+from .run import movable
 from .statistics import not_finite, token_weights
 
 TOKENS, LENGTH = 512, 128
@@ -34,6 +38,16 @@ def random_tokens(source: Source, context: int) -> list[list[int]]:
     bos = source.tokens.bos if source.tokens.add_bos else None
     sequences = draw.integers(0, source.shape.vocab, (-(-TOKENS // length), length)).tolist()
     return [sequence if bos is None else [bos, *sequence[1:]] for sequence in sequences]
+
+
+@dataclass(frozen=True)
+class Known:
+    """scales: factors to be moved at seams, see `optimize.equivalence`. importances: of each matrix that multiplies, by
+    checkpoint name, what its columns count for once they are moved: float32 [columns], 1 on average.
+    """
+
+    scales: Mapping[Seam, Float32]
+    importances: Mapping[str, Float32]
 
 
 @dataclass
@@ -74,27 +88,36 @@ class _Watched:
         self.sums[name] = self.sums[name] + squares if name in self.sums else squares
 
 
-def importances(source: Source, context: int, progress: Progress) -> dict[str, Float32]:
-    """Of each matrix that multiplies, by checkpoint name, what its columns count for: float32 [columns], 1 on average.
+def known(
+    source: Source, formats: Mapping[str, Format], context: int, progress: Progress, *, scaling: bool = True
+) -> Known:
+    """Run the model in float32, one decoder layer in memory. scaling: whether factors may move between tensors.
 
-    Runs the model in float32, one decoder layer in memory. Raises LlamaExportError where an input is not finite.
+    Raises LlamaExportError where an input is not finite.
     """
     watched, total = _Watched(source.tensors), float32_bytes(source.tensors)
+    scales: dict[Seam, Float32] = {}
     model = Layerwise(transformers_config(source.config), source.tensors, context, watched.parts)
 
     def begin(index: int, layer: torch.nn.Module) -> None:
         progress.advance(watched.passed_bytes, total)
+        if scaling and movable(source.tensors, formats, index):
+            values = {layer_name(index, name): value.detach() for name, value in layer.named_parameters()}
+            scales.update({seam: equalised(seam, values) for seam in seams_of(source.tensors, source.shape, index)})
         watched.watch(index, layer)
 
     hidden = model.decoded(random_tokens(source, context), begin)
     normed = model.normed(torch.cat([state[0] for state in hidden]))
     watched.add(head_of(source.tensors), normed, torch.ones(len(normed)))
     progress.advance(total, total)
-    return {name: _scaled(sums) for name, sums in watched.sums.items()}
+    moved = factors_of(scales)
+    return Known(scales, {name: _relative(sums, moved.get(name)) for name, sums in watched.sums.items()})
 
 
-def _scaled(sums: torch.Tensor) -> Float32:
+def _relative(sums: torch.Tensor, moved: Factors | None) -> Float32:
     """1 on average, and nowhere less than a millionth: a channel that random tokens never use may be used."""
+    if moved is not None and moved.columns is not None:
+        sums = sums / torch.from_numpy(moved.columns).square()
     mean = sums.mean()
     if not mean > 0:
         return np.ones(len(sums), np.float32)

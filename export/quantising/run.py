@@ -80,8 +80,14 @@ class Run:
 
     def moves_scales(self, index: int) -> bool:
         """Whether channel scales may move in this layer: not where a matrix keeps the checkpoint's own codes."""
-        own = any(tensor.keeps_own(self.formats[name]) for name, tensor in self.layer(index).items())
-        return self.scaling and self.method.scales is not None and not own
+        wanted = self.scaling and self.method.scales is not None
+        return wanted and movable(self.source.tensors, self.formats, index)
+
+
+def movable(tensors: Mapping[str, SourceTensor], formats: Mapping[str, Format], index: int) -> bool:
+    """Whether channel scales may move in this decoder layer: not where a matrix keeps the checkpoint's own codes."""
+    prefix = f"model.layers.{index}."
+    return not any(tensor.keeps_own(formats[name]) for name, tensor in tensors.items() if name.startswith(prefix))
 
 
 def _digest(value: Any) -> str:

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 
 import torch
 
+from ...optimize.equivalence import Seam
 from ...optimize.formats import Format
+from ...optimize.quantisers.equalise import equalised
 from ...optimize.quantisers.gptq import CORRECTION, DAMPING, ROUNDS, correction, gptq, inputs_of
 from ...optimize.quantisers.search import search
 from ...optimize.tensors import Blocks, Float32
 from .method import DataFree, Method
-from .statistics import Statistics
+from .statistics import Channels, Statistics
 
 
 def _solve(weight: torch.Tensor, statistics: Statistics, format: Format) -> Blocks:
@@ -23,12 +25,22 @@ def _solve(weight: torch.Tensor, statistics: Statistics, format: Format) -> Bloc
     return gptq(weight, inputs, format)
 
 
+def _equalised(
+    seams: tuple[Seam, ...],
+    weights: Mapping[str, torch.Tensor],
+    inputs: Mapping[str, Channels],
+    formats: Mapping[str, Format],
+) -> dict[Seam, Float32]:
+    return {seam: equalised(seam, weights) for seam in seams}
+
+
 GPTQ = Method(
     "gptq",
     version=1,
     told="GPTQ by llama-export",
     solve=_solve,
     cross=True,
+    scales=_equalised,
     settings={"damping": DAMPING, "rounds": ROUNDS, "correction": CORRECTION},
 )
 
