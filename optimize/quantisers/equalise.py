@@ -1,8 +1,8 @@
 """Channel scales that make the columns of matrices alike, so that no few of them decide the scale of a block.
 
 The columns of a block share one scale. Where some are much larger than others, as a norm's weight or a neighbour's rows
-may leave them, the small ones are rounded to nothing. At a seam (see `equivalence`) their sizes are free: what they lose
-in the matrix moves into the tensor before it. Without data, and the same function (cross-layer equalisation,
+may leave them, the small ones are rounded to nothing. At a seam (see `equivalence`) their sizes are free: what they
+lose in the matrix moves into the tensor before it. It needs no data, and the function stays (cross-layer equalisation,
 arXiv:1906.04721, for blocks along the columns; AWQ, arXiv:2306.00978, chooses such scales by a text).
 """
 

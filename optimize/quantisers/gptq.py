@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import pad
 
 from ..formats import Format
 from ..quantise import above_zero, half_scales
@@ -48,7 +48,8 @@ class _Grid:
 
     def wide(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scales and zero points of each column, [rows, columns]."""
-        return tuple(part.repeat_interleave(self.format.block, 1) for part in (self.scales, self.zeros))  # type: ignore[return-value]
+        block = self.format.block
+        return self.scales.repeat_interleave(block, 1), self.zeros.repeat_interleave(block, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +69,7 @@ class Inputs:
 def inputs_of(hessian: torch.Tensor, width: int, damping: float = DAMPING) -> Inputs:
     """hessian: the mean of x x^T, float32 [columns, columns]; width: columns with those that pad the last block."""
     more = width - len(hessian)
-    padded = F.pad(hessian, (0, more, 0, more))
+    padded = pad(hessian, (0, more, 0, more))
     damped = _damped(padded, damping)
     order = torch.argsort(padded.diagonal(), descending=True, stable=True)
     return Inputs(padded.diagonal().clone(), damped, order, _inverse_factor(damped[order][:, order]))
@@ -95,7 +96,7 @@ def gptq(weight: torch.Tensor, inputs: Inputs, format: Format, *, rounds: int = 
 
     Columns are rounded in the order of their importance, the largest first (act-order); blocks stay where they are.
     """
-    weight = F.pad(weight, (0, len(inputs.importance) - weight.shape[1]))
+    weight = pad(weight, (0, len(inputs.importance) - weight.shape[1]))
     found = search(weight.cpu().numpy(), format, inputs.importance.cpu().numpy())
     middle = 2 ** (format.bits - 1)
     zeros = np.full_like(found.scales, middle) if found.zeros is None else found.zeros.astype(np.float32)
@@ -182,7 +183,7 @@ def _descend(weight: torch.Tensor, hessian: torch.Tensor, grid: _Grid, codes: to
             column = start + at
             scale, old = scales[:, column], codes[:, column]
             code = (old + here[at] / (own[column] * scale)).round_()
-            code = torch.minimum(torch.maximum(code, lowest[:, column]), highest[:, column])
+            code = torch.clamp(code, lowest[:, column], highest[:, column])
             changes[at] = (code - old) * scale
             codes[:, column] = code
             here.addr_(near[at], changes[at], alpha=-1)

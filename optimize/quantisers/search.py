@@ -2,8 +2,8 @@
 
 Rounding to nearest makes a scale of a block's ends. A smaller one cuts these off and is finer for the others. For codes
 d (zero point subtracted) and the importance h of each column, the best scale is known: with s = sum(h d w) / sum(h d^2)
-the squared error sum(h (w - s d)^2) is sum(h w^2) - sum(h d w)^2 / sum(h d^2). So a few trial scales give codes, and the
-codes give their scale: one step of the alternation in HQQ (Badri and Shaji, 2023) and in llama.cpp's k-quants.
+the squared error sum(h (w - s d)^2) is sum(h w^2) - sum(h d w)^2 / sum(h d^2). So a few trial scales give codes, and
+the codes give their scale: one step of the alternation in HQQ (Badri and Shaji, 2023) and in llama.cpp's k-quants.
 """
 
 from __future__ import annotations
