@@ -15,6 +15,8 @@ from . import __version__
 from .build_options import ADAPTER_MODES, MERGE, BuildOptions
 from .cli_support import (
     Group,
+    Precision,
+    TextFile,
     backend_options,
     configurable_commands,
     echo_lines,
@@ -26,7 +28,7 @@ from .cli_support import (
     quiet_option,
     threads_option,
 )
-from .names import PRECISIONS
+from .names import CACHE_PRECISIONS, METHODS
 from .progress import Terminal
 from .settings import settings_problem
 
@@ -43,13 +45,18 @@ def main() -> None:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle's folder, made here.")
 @click.option(
     "--precision",
-    type=click.Choice(PRECISIONS),
+    type=Precision(automatic=True),
     help="Of the weights; default: the target's, or the checkpoint's own where it comes quantised.",
 )
 @click.option(
     "--head-precision",
-    type=click.Choice(PRECISIONS),
+    type=Precision(),
     help="Of the output head alone (and of the embedding where they are one); default: as the others.",
+)
+@click.option(
+    "--cache-precision",
+    type=click.Choice(tuple(CACHE_PRECISIONS)),
+    help="Of the cache of keys and values: int8 on CPUs takes a quarter of the memory; default: as it computes.",
 )
 @click.option("--context", type=click.IntRange(min=1), help="Most tokens; default: what model and target allow.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Most texts at once.")
@@ -75,26 +82,39 @@ def main() -> None:
 @click.option("--jetpack", metavar="VERSION", help="Of a Jetson, from 6.0 to 7.2; default: the target's own.")
 @click.option("--backend", metavar="NAME", help="onnxruntime, tensorrt or tensorrt-rtx, where the target has several.")
 @click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    help="Of quantising weights; default: the best there is, search, or gptq with --calibrate.",
+)
+@click.option(
     "--calibrate",
-    type=click.Path(path_type=Path),
-    help="A text to find the scales of 8-bit activations with, for int8 and fp8 on TensorRT.",
+    type=TextFile(),
+    help="A text to quantise weights and, for w8a8 and fp8 on TensorRT, activations by.",
 )
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Where downloads are kept; default: below HF_HOME.")
 @click.option("--no-reference", is_flag=True, help="Leave out PyTorch's answers: quicker, but `verify` cannot compare.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="What PyTorch answers; see `reference --help`.")
 @click.option(
+    "--quality-text",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The text that the cost of quantisation is measured on; default: our own.",
+)
+@click.option("--no-quality", is_flag=True, help="Do not measure what quantisation costs: quicker.")
+@click.option(
     "--force", is_flag=True, help="Replace a bundle that is there already, and build what will not fit the target."
 )
 @json_option
 @quiet_option
-def build(*, no_reference: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+def build(*, no_reference: bool, no_quality: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Turn a checkpoint into a bundle for a target."""
     need_build_machine()
     need_extra("build,cpu", ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"), "Building a bundle")
     from .pipeline import build as build_bundle
 
+    asked = BuildOptions(reference=not no_reference, quality=not no_quality, **options)
     with Terminal(quiet=quiet) as progress:
-        report = build_bundle(BuildOptions(reference=not no_reference, **options), progress=progress)
+        report = build_bundle(asked, progress=progress)
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2))
     else:
@@ -235,8 +255,11 @@ def eval_(*, as_json: bool, quiet: bool, **options: Any) -> None:
 @click.option(
     "-t", "--target", "targets", multiple=True, help="As for `build`; may be given several times; default: all."
 )
-@click.option("--precision", help="Of the weights; default: what `build` would take.")
-@click.option("--head-precision", help="Of the output head alone; default: as the others.")
+@click.option("--precision", type=Precision(), help="Of the weights; default: what `build` would take.")
+@click.option("--head-precision", type=Precision(), help="Of the output head alone; default: as the others.")
+@click.option(
+    "--cache-precision", type=click.Choice(tuple(CACHE_PRECISIONS)), help="Of the cache; default: as it computes."
+)
 @click.option("--context", type=click.IntRange(1, 1 << 30), help="Most tokens; default: as many as fit.")
 @click.option("--batch", type=click.IntRange(1, 1 << 16), default=1, show_default=True, help="Most texts at once.")
 @click.option("--jetpack", help="Of a Jetson, such as 6.2.")

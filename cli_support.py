@@ -15,7 +15,8 @@ import click
 
 from .console import prepare_streams
 from .errors import LlamaExportError, did_you_mean
-from .names import SHORT_BACKENDS
+from .names import BUILT_IN, SHORT_BACKENDS
+from .optimize.schemes import AUTO, PRECISIONS, choices_told, scheme_named
 from .progress import Terminal
 from .runtime.threads import MAX_THREADS
 from .settings import command_defaults
@@ -23,6 +24,36 @@ from .tables import plain
 
 _DEBUG = "llama_export.debug"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class Precision(click.ParamType):
+    """The name of a scheme. automatic: or the word that leaves the choice to a budget."""
+
+    name = "precision"
+
+    def __init__(self, *, automatic: bool = False) -> None:
+        self._also = (AUTO,) if automatic else ()
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"[{'|'.join((*PRECISIONS, *self._also))}|intB-bN]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        if text not in self._also and scheme_named(text) is None:
+            self.fail(f"{text!r} is none: {choices_told(text, also=self._also)}", param, ctx)
+        return text
+
+
+class TextFile(click.ParamType):
+    """The path of a text, or the word for our own."""
+
+    name = "file"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"FILE|{BUILT_IN}"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+        return BUILT_IN if value == BUILT_IN else Path(value)
 
 
 class Failure(click.ClickException):

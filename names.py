@@ -1,4 +1,4 @@
-"""The words that manifests, targets and the command line share: precisions, dialects, backends.
+"""The words that manifests, targets and the command line share: dialects, backends, methods.
 
 Apart from what they mean, so that `--help` costs no more than reading them.
 """
@@ -6,9 +6,6 @@ Apart from what they mean, so that `--help` costs no more than reading them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-PRECISIONS = ("fp32", "fp16", "int8", "int4", "fp8", "nvfp4")
-"""Of weights; which of them a target has is `targets.made.what_is_made(target).precisions`."""
 
 CACHE_PRECISIONS: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "int8": "int8", "fp8": "float8e4m3fn"}
 """Of the cache, and the types that they stand for; those of a target are `targets.made.what_is_made(target).caches`."""

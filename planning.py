@@ -8,23 +8,25 @@ from dataclasses import dataclass
 
 from .build_options import MERGE, RUNTIME, BuildOptions
 from .errors import LlamaExportError, UsageError
-from .export.calibration_text import CalibrationText, calibration_text
+from .export.calibration_text import CACHE_TOKENS, SOLVED_TOKENS, TOKENS, CalibrationText, calibration_text
 from .export.folder import check_carried
 from .export.identity import model_sha256
 from .export.licences import legal_files
 from .export.lora.merge import base_mismatch, fitted, merged
 from .export.lora.peft_folder import Adapter, read_adapter
 from .export.lora.sizes import numbers_beside
+from .export.quality_text import QualityText, quality_text
 from .export.source import Source, open_source
-from .names import ONNXRUNTIME
+from .names import BUILT_IN, GPTQ, ONNXRUNTIME, RTN, SEARCH
 from .optimize.formats import Format
-from .optimize.plan import has_wide_head, head_of
+from .optimize.overlay import ours
+from .optimize.plan import has_wide_head, head_of, is_quantised
 from .optimize.tensors import SourceTensor
 from .progress import Progress
 from .runtime.bundle import MAX_BATCH
 from .targets.context import CACHE_BYTES, ContextChoice
 from .targets.devices import Target
-from .targets.made import Made, check_precision, what_is_made
+from .targets.made import Made, what_is_made
 from .targets.planner import Assessment, Model, Wish, assess
 from .targets.planner_text import context_choice, precision_note
 
@@ -41,7 +43,10 @@ class BuildPlan:
     source: with adapters merged in, where they are to be. sha256: of what it was before, with those that are merged,
     see `export.identity.model_sha256`. adapters: all of them; merged: whether they are in the
     weights. stored: bytes of weights, and of adapters beside them. calibration: the text that scales of activations
-    come from, None where these are not quantised.
+    come from and that a method learns from, None where there is neither. method: of `names.METHODS`, by which weights
+    are quantised; None where none are. quality: the text that what quantisation cost is measured on, None
+    where it is not. cached: the text that the scales of a cache in int8 come from, None for a cache in the dtype of
+    activations.
     """
 
     source: Source
@@ -56,6 +61,19 @@ class BuildPlan:
     context: ContextChoice
     batch: int
     calibration: CalibrationText | None
+    quality: QualityText | None = None
+    cached: CalibrationText | None = None
+    method: str | None = None
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether what products read is rounded by scales that come from the text."""
+        return self.calibration is not None and _has_whole_rows(self.formats)
+
+    @property
+    def cache(self) -> str:
+        """The type of the cache."""
+        return self.made.activations if self.cached is None else "int8"
 
     @property
     def beside(self) -> tuple[Adapter, ...]:
@@ -99,10 +117,95 @@ def plan_build(options: BuildOptions, target: Target, progress: Progress) -> Bui
         note = _WIDE_HEAD.format(head=head, format=formats[head].name)
         source = source.with_other(notes=(*source.notes, note))
     context, stored = context_choice(found, force=options.force), found.weights.total + sum(beside)
-    text = calibration_text(source, options.calibrate, context.context) if options.calibrate else None
+    method = _method(options, source.tensors, formats)
+    text = _calibration_text(options, found, source, method, context.context)
+    place = made.place(found.precision)
+    if place is not None and place.note:
+        source = source.with_other(notes=(*source.notes, place.note))
+    cached = _cache_text(options, found, source, context.context)
+    if cached is not None:
+        note = f"The cache is rounded to int8, by scales calibrated on {cached.tokens:,} tokens of {cached.name}."
+        source = source.with_other(notes=(*source.notes, note))
+    measured = _quality_text(options, source, formats, context.context)
+    if isinstance(measured, str):
+        source, measured = source.with_other(notes=(*source.notes, measured)), None
     return BuildPlan(
-        source, sha256, adapters, merge, target, made, found.precision, formats, stored, context, options.batch, text
+        *(source, sha256, adapters, merge, target, made, found.precision),
+        *(formats, stored, context, options.batch, text, measured, cached, method),
     )
+
+
+def _has_whole_rows(formats: Mapping[str, Format]) -> bool:
+    """Whether there are weights with a scale a row, whose products may be of 8-bit numbers."""
+    return any(format.whole for format in formats.values())
+
+
+def _method(options: BuildOptions, tensors: Mapping[str, SourceTensor], formats: Mapping[str, Format]) -> str | None:
+    """How weights are quantised: as asked for, else the best that there is with what was given."""
+    blocks = any(ours(tensor, formats[name]) for name, tensor in tensors.items())
+    if options.method is not None and options.method != RTN and not blocks:
+        raise UsageError(
+            f"--method {options.method} is for weights that are quantised to blocks of integers here, and none are: "
+            "leave it out, or add --precision, such as int4."
+        )
+    if options.method == GPTQ and options.calibrate is None:
+        raise UsageError(f"--method {GPTQ} learns from a text: add --calibrate FILE, or --calibrate {BUILT_IN}.")
+    if blocks:
+        return options.method or (SEARCH if options.calibrate is None else GPTQ)
+    rounded = any(format.quantised and not tensors[name].keeps_own(format) for name, format in formats.items())
+    return RTN if rounded else None
+
+
+def _calibration_text(
+    options: BuildOptions, found: Assessment, source: Source, method: str | None, context: int
+) -> CalibrationText | None:
+    """The text of --calibrate, as much of it as is used. Raises UsageError where nothing would use it."""
+    if options.calibrate is None:
+        return None
+    if method == GPTQ:
+        return calibration_text(source, options.calibrate, context, SOLVED_TOKENS)
+    if _has_whole_rows(found.formats):
+        return calibration_text(source, options.calibrate, context, TOKENS)
+    if found.load.cache_dtype == "int8":
+        return None
+    why = f"--method {method} uses no text" if method is not None else f"{found.precision} quantises nothing here"
+    raise UsageError(
+        f"--calibrate is for weights that are quantised with the help of a text, and {why}: leave it out, or "
+        f"{f'choose --method {GPTQ}' if method is not None else 'add --precision, such as int4'}."
+    )
+
+
+def _cache_text(options: BuildOptions, found: Assessment, source: Source, context: int) -> CalibrationText | None:
+    """What a cache in int8 is calibrated on: the user's text, or our own."""
+    if found.load.cache_dtype != "int8":
+        return None
+    if options.adapter_mode == RUNTIME:
+        raise UsageError(
+            "--cache-precision int8 has scales of one model, while --adapter-mode runtime changes keys and values with "
+            "each adapter: use --adapter-mode merge, or leave --cache-precision out."
+        )
+    return calibration_text(source, options.calibrate or BUILT_IN, context, CACHE_TOKENS)
+
+
+def _quality_text(
+    options: BuildOptions, source: Source, formats: Mapping[str, Format], context: int
+) -> QualityText | str | None:
+    """What quality is measured on; a sentence where the built-in text tells nothing of this model, None where it is not
+    measured.
+    """
+    if not options.quality or not is_quantised(source.tensors, formats):
+        if options.quality_text is not None:
+            raise UsageError(
+                "--quality-text is for measuring what quantisation costs, and nothing is quantised or measured here; "
+                "leave it out."
+            )
+        return None
+    try:
+        return quality_text(source, options.quality_text, context)
+    except LlamaExportError as error:
+        if options.quality_text is not None:
+            raise
+        return f"What quantisation cost was not measured: {error}"
 
 
 def _assessed(options: BuildOptions, target: Target, made: Made, source: Source, beside: Sequence[int]) -> Assessment:
@@ -115,12 +218,10 @@ def _assessed(options: BuildOptions, target: Target, made: Made, source: Source,
         options.batch,
         calibrated,
         max(beside, default=0),
+        options.cache_precision,
     )
     model = Model(source.model_id, source.shape, source.tensors, source.native_precision)
-    found = assess(target, made, model, wish)
-    if calibrated and options.precision is None:
-        check_precision(target, made, found.precision, calibrated)
-    return found
+    return assess(target, made, model, wish)
 
 
 def _bytes_beside(adapters: Sequence[Adapter], source: Source, made: Made) -> list[int]:

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..errors import UsageError, did_you_mean
-
 BLOCK = 32
 """Columns that share one scale where nothing else is said: the block of this project's own quantisation and of GGUF's
 Q4_0, Q4_1 and Q8_0.
@@ -122,23 +120,8 @@ NVFP4 = Format("nvfp4", 4, 16, coding="fp4")
 FLOATS: Mapping[str, Format] = {"F32": FP32, "F16": FP16, "BF16": BF16}
 """A checkpoint tensor's floating-point dtype -> the format that keeps it as it is."""
 
-PRECISIONS: Mapping[str, Format] = {format.name: format for format in (FP32, FP16, INT8, INT4)}
-"""What `--precision` takes for ONNX Runtime, and the format that it gives to matrices; `policy` has the others."""
-
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-
-
-def precision_format(precision: str, precisions: Mapping[str, Format] = PRECISIONS) -> Format:
-    """Return the matrix format of a `--precision`, of those that a backend has; UsageError names them for any other
-    word.
-    """
-    if precision not in precisions:
-        raise UsageError(
-            f"Unknown precision {precision!r}; choose one of {', '.join(precisions)}."
-            + did_you_mean(precision, precisions)
-        )
-    return precisions[precision]
 
 
 def stored_bytes(shape: tuple[int, ...], format: Format, scale_bytes: int = 4) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from .formats import BLOCKS, FP8, FP16, INT4, INT8, INT8_ROW, NVFP4, PRECISIONS, Format, int_format
+from .. import names
+from . import schemes
+from .formats import BLOCKS, FP16, INT8, Format, int_format, with_half
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,6 @@ class Policy:
     keeps_dense: bool = False
     half: bool = False
 
-    def calibrated(self) -> Policy:
-        """The same where what projections read is quantised too: 8-bit weights have one scale a row then."""
-        return replace(self, precisions={**self.precisions, "int8": INT8_ROW})
-
     def projection(self, format: Format, columns: int) -> Format:
         """The format of a projection of so many columns for which a precision chose `format`."""
         if not format.block:
@@ -42,13 +40,18 @@ class Policy:
         return FP16 if fitting is None else self._stored(fitting)
 
     def embedding(self, format: Format, columns: int, *, tied: bool) -> Format:
-        """The format of an embedding for which a precision chose `format`; rows that no block divides are fp16."""
+        """The format of an embedding for which a precision chose `format`; rows that no block divides are fp16.
+
+        Zero points of 4 bits have to fill their bytes: where the blocks of a row are odd in number, ONNX Runtime 1.23
+        takes those of other rows (seen with 1.23.2; 1.32 does not).
+        """
         if not format.quantised:
             return self.projection(format, columns)
         for wanted in (format, self.own_embedding) if tied else (self.own_embedding,):
             fitting = self._fitting(wanted, columns) if wanted.block and wanted.coding == "int" else None
             if fitting is not None and columns % fitting.block == 0:
-                return self._stored(fitting)
+                odd = fitting.zeros and fitting.blocks(columns) * fitting.bits % 8 > 0
+                return self._stored(int_format(fitting.bits, fitting.block, half=fitting.half) if odd else fitting)
         return FP16
 
     def own(self, format: Format, columns: int) -> Format:
@@ -71,8 +74,10 @@ class Policy:
         """The format as the graph reads it. own: with the checkpoint's scales, of either sign. Where they must be
         positive, 4 bits take an offset more, as a block that is mirrored has no code for its lowest value.
         """
-        if self.zeros or format.coding != "int":
+        if format.coding != "int":
             return format
+        if self.zeros:
+            return with_half(format, format.half and self.half)
         positive = format.bits not in self.signed
         offsets = format.offsets or format.zeros or (own and positive and format.bits == 4)
         return replace(int_format(format.bits, format.block, offsets=offsets), positive=positive)
@@ -81,27 +86,30 @@ class Policy:
 _BOTH = frozenset({4, 8})
 
 ORT = Policy(
-    "ONNX Runtime", PRECISIONS, INT8, blocked=_BOTH, signed=_BOTH, whole_blocks=False, zeros=True, keeps_dense=True
+    "ONNX Runtime",
+    schemes.formats_on(names.ONNXRUNTIME, on=schemes.CPU),
+    schemes.DEFAULT_EMBEDDING,
+    blocked=_BOTH,
+    signed=_BOTH,
+    whole_blocks=False,
+    zeros=True,
+    keeps_dense=True,
+    half=True,
 )
-"""MatMulNBits and GatherBlockQuantized."""
+"""MatMulNBits and GatherBlockQuantized, with activations in float32."""
 
-_WITHOUT_BLOCKS: Mapping[str, Format] = {"fp16": FP16, "int8": INT8_ROW}
+ORT_CUDA = replace(ORT, precisions=schemes.formats_on(names.ONNXRUNTIME, on=schemes.CUDA), half=False)
+"""The same with activations in float16, which scales are then too."""
 
 TENSORRT_RTX = Policy(
-    "TensorRT-RTX",
-    {"fp16": FP16, "int8": INT8, "int4": INT4, "fp8": FP8, "nvfp4": NVFP4},
-    INT8,
-    blocked=_BOTH,
-    signed=frozenset({4}),
+    "TensorRT-RTX", schemes.formats_on(names.TENSORRT_RTX), INT8, blocked=_BOTH, signed=frozenset({4})
 )
 """Its parser takes negative scales, of 4-bit codes alone (seen with 1.7.1)."""
 
-TENSORRT = Policy(
-    "TensorRT", {**_WITHOUT_BLOCKS, "int4": INT4, "fp8": FP8, "nvfp4": NVFP4}, FP16, blocked=frozenset({4})
-)
+TENSORRT = Policy("TensorRT", schemes.formats_on(names.TENSORRT), FP16, blocked=frozenset({4}))
 """10.0 and later. 8 bits are for both factors of a product there, which takes calibration; onnx-tensorrt's parser asks
 for positive scales, whatever the codes are.
 """
 
-TENSORRT_8 = Policy("TensorRT 8.6", _WITHOUT_BLOCKS, FP16, blocked=frozenset())
+TENSORRT_8 = Policy("TensorRT 8.6", schemes.formats_on(names.TENSORRT, version="8.6"), FP16, blocked=frozenset())
 """No 4 bits, and no blocks."""

@@ -36,7 +36,7 @@ def with_possible_precision(target: Target) -> Target:
     release, precision = release_of(target), target.default_precision
     if release is None:
         return target
-    if precision in release.precisions(target.compute_capability) and not needs_calibration(target, precision):
+    if release.runs(precision, target.compute_capability) and not needs_calibration(target, precision):
         return target
     reason = f"{release.name} does not run {precision} here without calibration"
     sources = {**target.sources, "default_precision": reason}

@@ -15,7 +15,8 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import LlamaExportError, UsageError, did_you_mean
-from ..names import BACKENDS, ONNXRUNTIME, PRECISIONS
+from ..names import BACKENDS, ONNXRUNTIME
+from ..optimize.schemes import PRECISIONS
 from ..runtime.bundle import CPU_PROVIDER, CUDA_PROVIDER
 from .jetpack import JETPACKS, JetPack
 from .schema import check_facts, field_names

@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..names import PRODUCTS
+from ..optimize.schemes import SCHEMES
 from ..tables import columns
 from .devices import Peak, Target, load_target, target_names
 from .made import Made, what_is_made
@@ -64,18 +65,30 @@ def _made_rows(target: Target, made: Made) -> list[tuple[str, str, str]]:
     """What a build makes, as (what, text, source)."""
     release = made.release
     graph = f"dialect {made.dialect}, opset {made.opset}, {made.activations} activations"
-    if release is None:
-        return [("for", PRODUCTS[made.backend], ""), ("graph", graph, ""), ("weights", ", ".join(made.precisions), "")]
-    jetpack = f" of JetPack {target.jetpack}" if target.release else ""
+    jetpack = f" of JetPack {target.jetpack}" if target.release and release else ""
     return [
-        ("for", f"{release.name}{jetpack}", ""),
-        ("graph", graph, release.source),
-        *(
-            ("weights", f"{ability.precision}{' with --calibrate' if ability.calibrated else ''}", ability.source)
-            for ability in release.abilities
-            if ability.precision in made.precisions
-        ),
+        ("for", f"{release.name}{jetpack}" if release else PRODUCTS[made.backend], ""),
+        ("graph", graph, release.source if release else ""),
+        *(_weights_row(made, (name,)) for name in made.precisions),
+        *(_weights_row(made, names) for names in _families(made.blocks)),
     ]
+
+
+def _weights_row(made: Made, names: tuple[str, ...]) -> tuple[str, str, str]:
+    """Schemes that are alike, as one row."""
+    place = made.place(names[0])
+    assert place is not None
+    text = ", ".join(names)
+    return ("weights", f"{text} with --calibrate" if place.calibrated else text, place.source)
+
+
+def _families(names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Block schemes that differ in their block alone, together."""
+    kinds: dict[tuple[int, bool], list[str]] = {}
+    for name in names:
+        format = SCHEMES[name].places[0].format
+        kinds.setdefault((format.bits, format.zeros), []).append(name)
+    return [tuple(kind) for kind in kinds.values()]
 
 
 def _row(target: Target) -> tuple[str, ...]:

@@ -6,19 +6,28 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..errors import LlamaExportError, UsageError
-from ..names import ONNXRUNTIME, ORT, PRODUCTS, TENSORRT
+from ..names import CACHE_PRECISIONS, ONNXRUNTIME, ORT, PRODUCTS, TENSORRT, TRT, TRT_PRIMITIVE
 from ..optimize import policy
 from ..optimize.policy import Policy
+from ..optimize.requirements import CACHE_MINIMUM_ONNXRUNTIME
+from ..optimize.schemes import BLOCK_SCHEMES, CPU, CUDA, PRECISIONS, Place, known_scheme, scheme_named
 from ..runtime.bundle import CPU_PROVIDER, CUDA_PROVIDER
 from ..tables import listed
 from .devices import Target
-from .tensorrt import CALIBRATABLE, Release, needs_calibration, release_of
+from .tensorrt import Release, needs_calibration, release_of
 
 DEVICE_PYTHON = (3, 10)
 """The oldest Python that the runtime runs on."""
 
+_INT8_CACHE_PYTHON = (3, 11)
+"""The oldest Python for which there is an onnxruntime with a cache in int8: for 3.10 the newest is 1.23.2."""
+_NO_INT8 = {
+    TRT: "its TensorScatter takes no INT8 and the graph that does without copies the whole cache for each token",
+    TRT_PRIMITIVE: "its graph would widen the whole cache for each token, which reads and writes more than it saves",
+}
+_NO_FP8 = "no release of it has been found to run attention on a cache in FP8"
+
 ORT_OPSET = 21
-ORT_PRECISIONS = ("fp32", "fp16", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -26,9 +35,10 @@ class Made:
     """The bundle of a target.
 
     backend: one of `names.BACKENDS`; dialect, opset: of the graph; activations: "float32" or "float16", which is also
-    the cache's; providers: of ONNX Runtime, in order, which for TensorRT run the same graph as the fallback;
-    precisions: of weights that can be asked for; summary: the bundle in a few words, for a table; notes: whole
-    sentences for the user; release: of TensorRT, None for ONNX Runtime.
+    the cache's where nothing else is asked for; providers: of ONNX Runtime, in order, which for TensorRT run the same
+    graph as the fallback; precisions: of weights that can be asked for; caches: of the cache, its own first; summary:
+    the bundle in a few words, for a table; notes: whole sentences for the user; release: of TensorRT, None for ONNX
+    Runtime.
     """
 
     backend: str
@@ -37,15 +47,29 @@ class Made:
     activations: str
     providers: tuple[str, ...]
     precisions: tuple[str, ...]
+    blocks: tuple[str, ...]
     summary: str
     notes: tuple[str, ...]
     release: Release | None = None
+    caches: tuple[str, ...] = ("fp16",)
 
-    def policy(self, *, calibrated: bool = False) -> Policy:
-        """The formats of weights that its graph can hold; `calibrated`: where activations are quantised too."""
-        if self.release is None:
-            return policy.ORT
-        return self.release.policy.calibrated() if calibrated else self.release.policy
+    def policy(self) -> Policy:
+        """The formats of weights that its graph can hold."""
+        if self.release is not None:
+            return self.release.policy
+        return policy.ORT if self.activations == "float32" else policy.ORT_CUDA
+
+    def place(self, precision: str) -> Place | None:
+        """How it runs weights of a scheme; None where it does not."""
+        if self.release is not None:
+            return self.release.place(precision)
+        scheme = scheme_named(precision)
+        return None if scheme is None else scheme.place(self.backend, on=CPU if self.activations == "float32" else CUDA)
+
+    def runs(self, precision: str) -> bool:
+        """Whether weights of a scheme can be asked for."""
+        scheme = scheme_named(precision)
+        return scheme is not None and scheme.name in (*self.precisions, *self.blocks)
 
     @property
     def on_cpu(self) -> bool:
@@ -60,32 +84,54 @@ def what_is_made(target: Target) -> Made:
 
 
 def check_precision(target: Target, made: Made, precision: str, calibrated: bool) -> None:
-    """Refuse weights that `target` cannot have; `calibrated`: whether samples for calibration are given.
+    """Refuse weights that `target` cannot have; `calibrated`: whether a text for calibration is given.
 
     Raises UsageError, which says what there is.
     """
-    check_head_precision(target, made, precision, calibrated)
-    if calibrated and (made.backend == ONNXRUNTIME or precision not in CALIBRATABLE):
+    scheme = known_scheme(precision)
+    others = [word for word in made.precisions if word != precision]
+    if not made.runs(precision):
         raise UsageError(
-            f"--calibrate finds scales for activations, which {precision} weights on {PRODUCTS[made.backend]} do not "
-            f"have; leave it out, or choose {listed(CALIBRATABLE, 'or')} for TensorRT."
-        )
-
-
-def check_head_precision(target: Target, made: Made, precision: str, calibrated: bool) -> None:
-    """The same of the output head, which may be left out of what is calibrated. Raises UsageError."""
-    if precision not in made.precisions:
-        others = [word for word in made.precisions if word != precision]
-        raise UsageError(
-            f"{_with_release(target)} has {listed(others)} weights, not {precision}: choose one of these"
-            f"{''.join(f', or {way}' for way in _other_ways(target, precision))}."
+            f"{_with_release(target)} has {listed(others)} weights{_blocks_told(scheme.named_block, made)}, not "
+            f"{precision}: choose one of these{''.join(f', or {way}' for way in _other_ways(target, precision))}."
         )
     if not calibrated and needs_calibration(target, precision):
-        others = [word for word in made.precisions if word != precision]
+        free = [word for word in others if not needs_calibration(target, word)]
         raise UsageError(
             f"{precision} on {_with_release(target)} quantises activations too, and their scales come from "
-            f"calibration: add --calibrate FILE, or choose {listed(others, 'or')}."
+            f"calibration: add --calibrate FILE, or choose {listed(free, 'or')}."
         )
+
+
+def _blocks_told(wanted: bool, made: Made) -> str:
+    """The blocks that there are, for somebody who named one."""
+    return f", and of those that name their block {', '.join(made.blocks) or 'none'}" if wanted else ""
+
+
+def cache_dtype(target: Target, made: Made, precision: str | None) -> str:
+    """The type of the cache that `--cache-precision` asks for, by default that of the activations. Raises UsageError,
+    which says why there is none and what there is.
+    """
+    asked = precision or made.caches[0]
+    if asked in made.caches:
+        return CACHE_PRECISIONS[asked]
+    reasons = {"fp8": _NO_FP8, "int8": _no_int8(target, made)}
+    why = f", since {reasons[asked]}" if asked in reasons else ""
+    raise UsageError(
+        f"{_with_release(target)} has no cache in {asked}{why}: choose {listed(made.caches, 'or')}, or leave "
+        "--cache-precision out."
+    )
+
+
+def _no_int8(target: Target, made: Made) -> str:
+    if made.dialect in _NO_INT8:
+        return _NO_INT8[made.dialect]
+    if not made.on_cpu:
+        return f"ONNX Runtime's kernel for it is the CPU's, while {PRODUCTS[made.backend]} computes on CUDA there"
+    return (
+        f"it takes ONNX Runtime {CACHE_MINIMUM_ONNXRUNTIME}, and there is none so new for the Python of JetPack "
+        f"{target.jetpack}"
+    )
 
 
 def _with_release(target: Target) -> str:
@@ -100,22 +146,22 @@ def _with_release(target: Target) -> str:
 def _other_ways(target: Target, precision: str) -> Iterator[str]:
     """The options with which `target` has `precision`."""
     for version in target.jetpacks if target.backend == TENSORRT else ():
-        if precision in _precisions(replace(target, jetpack=version)):
+        if _runs(replace(target, jetpack=version), precision):
             yield f"--jetpack {version}"
     for backend in target.backends:
-        if backend != target.backend and precision in _precisions(replace(target, backend=backend)):
+        if backend != target.backend and _runs(replace(target, backend=backend), precision):
             yield f"--backend {backend}"
 
 
-def _precisions(target: Target) -> tuple[str, ...]:
+def _runs(target: Target, precision: str) -> bool:
     try:
-        return what_is_made(target).precisions
+        return what_is_made(target).runs(precision)
     except LlamaExportError:  # no engines for this JetPack or GPU, so no precisions either
-        return ()
+        return False
 
 
 def _engines(target: Target, release: Release) -> Made:
-    ahead = bool(release.ahead_of_time)
+    ahead, gpus = bool(release.ahead_of_time), target.compute_capability
     what = f"{release.name} engines" if ahead else f"ONNX, engine by {release.name}"
     return Made(
         backend=target.backend,
@@ -123,7 +169,8 @@ def _engines(target: Target, release: Release) -> Made:
         opset=release.opset,
         activations="float16",
         providers=(CPU_PROVIDER,),
-        precisions=release.precisions(target.compute_capability),
+        precisions=tuple(name for name in PRECISIONS if release.runs(name, gpus)),
+        blocks=tuple(name for name in BLOCK_SCHEMES if release.runs(name, gpus)),
         summary=what,
         notes=(*(_ahead_notes(target, release) if ahead else _recipe_notes(target, release)),),
         release=release,
@@ -161,6 +208,7 @@ def _ort(target: Target) -> Made:
     providers = target.providers
     on_cuda = providers[0] == CUDA_PROVIDER
     activations = "float16" if on_cuda else "float32"
+    formats = (policy.ORT_CUDA if on_cuda else policy.ORT).precisions
     device = "device" if target.kind == "jetson" else "computer"
     where = f"the {device}'s GPU through CUDA" if on_cuda else f"the {device}'s CPU"
     makes = f"An `{ORT}` bundle with {activations} activations, which ONNX Runtime runs on {where}."
@@ -170,9 +218,11 @@ def _ort(target: Target) -> Made:
         opset=ORT_OPSET,
         activations=activations,
         providers=providers,
-        precisions=ORT_PRECISIONS,
+        precisions=tuple(name for name in PRECISIONS if name in formats),
+        blocks=tuple(name for name in BLOCK_SCHEMES if name in formats),
         summary="ort for CUDA" if on_cuda else "ort for the CPU",
         notes=(makes, *_unused_notes(target, on_cuda=on_cuda), *_python_notes(target)),
+        caches=("fp16",) if on_cuda else ("fp32", "int8") if _python(target) >= _INT8_CACHE_PYTHON else ("fp32",),
     )
 
 
@@ -180,9 +230,14 @@ def _unused_notes(target: Target, *, on_cuda: bool) -> tuple[str, ...]:
     return () if target.kind == "cpu" or on_cuda else ("The GPU stays unused.",)
 
 
+def _python(target: Target) -> tuple[int, ...]:
+    """The version of the Python that a Jetson comes with; for other targets that of any build."""
+    return tuple(int(part) for part in target.release.python.split(".")) if target.release else _INT8_CACHE_PYTHON
+
+
 def _python_notes(target: Target) -> tuple[str, ...]:
     release = target.release
-    if release is None or tuple(int(part) for part in release.python.split(".")) >= DEVICE_PYTHON:
+    if release is None or _python(target) >= DEVICE_PYTHON:
         return ()
     oldest = ".".join(map(str, DEVICE_PYTHON))
     return (

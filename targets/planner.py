@@ -17,7 +17,7 @@ from ..optimize.plan import plan_formats
 from ..optimize.tensors import SourceTensor
 from .context import CACHE_BYTES, STEP, Load, Need, Shape, bytes_per_token, largest_context, need, usual_context
 from .devices import GB, Target
-from .made import Made, check_head_precision, check_precision
+from .made import Made, cache_dtype, check_precision
 from .planner_engine import DESKTOP_BYTES, EngineBuild, engine_build
 from .planner_speed import USUAL_FILL, Range, Step, bandwidth, dense_tflops, step_rate
 from .planner_weights import Weights, weights_of
@@ -61,7 +61,7 @@ class Model:
 @dataclass(frozen=True)
 class Wish:
     """What was asked for; None leaves the choice to model and target. beside: bytes of an adapter that is loaded with
-    the weights.
+    the weights. cache: the precision of the cache.
     """
 
     precision: str | None = None
@@ -70,6 +70,7 @@ class Wish:
     batch: int = 1
     calibrated: bool = False
     beside: int = 0
+    cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def _check(target: Target, made: Made, model: Model, wish: Wish) -> None:
     if wish.precision is not None:
         check_precision(target, made, wish.precision, wish.calibrated)
     if wish.head_precision is not None:
-        check_head_precision(target, made, wish.head_precision, wish.calibrated)
+        check_precision(target, made, wish.head_precision, wish.calibrated)
     if wish.context is not None and wish.context > model.shape.longest:
         longest = model.shape.longest
         raise UsageError(
@@ -214,8 +215,7 @@ def _choices(target: Target, made: Made, wish: Wish, asked: str | None) -> list[
 
 
 def _candidate(target: Target, made: Made, model: Model, wish: Wish, precision: str | None) -> _Candidate:
-    policy = made.policy(calibrated=wish.calibrated)
-    formats = plan_formats(model.tensors, precision, wish.head_precision, policy)
+    formats = plan_formats(model.tensors, precision, wish.head_precision, made.policy())
     number = CACHE_BYTES[made.activations]
     weights = weights_of(model.tensors, formats, made.dialect, made.opset, number)
     loaded = dict(weights.stored)
@@ -227,7 +227,7 @@ def _candidate(target: Target, made: Made, model: Model, wish: Wish, precision: 
     load = Load(
         model.shape,
         loaded,
-        made.activations,
+        cache_dtype(target, made, wish.cache),
         made.on_cpu,
         wish.batch,
         dialect=made.dialect,
@@ -245,7 +245,7 @@ def _speeds(
         return ()
     shape, weights = model.shape, chosen.weights
     fill, prompt = min(USUAL_FILL, context), min(chosen.load.prefill_chunk, context)
-    row = bytes_per_token(shape, made.activations)
+    row = bytes_per_token(shape, chosen.load.cache_dtype)
     # A fixed cache is read whole under its mask; joining past and new reads, writes and reads what is there.
     moved = {TRT: context, TRT_PRIMITIVE: 3 * fill}.get(made.dialect, fill)
     quantised = any(format.quantised for format in chosen.formats.values())

@@ -1,8 +1,8 @@
 """What each release of TensorRT that engines are made for can do, with its source.
 
-A release decides the graph's dialect and opset, whether the network keeps the graph's types, and which precisions of
-weights it runs from which compute capability on. TensorRT 8.5 (JetPack 5.1) is left out: the Python 3.8 beside it is
-older than what builds an engine and runs it.
+A release decides the graph's dialect and opset, and whether the network keeps the graph's types; which weights it runs
+from which compute capability on is in `optimize.schemes`. TensorRT 8.5 (JetPack 5.1) is left out: the Python 3.8 beside
+it is older than what builds an engine and runs it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from ..errors import LlamaExportError
 from ..names import ONNXRUNTIME, PRODUCTS, TENSORRT, TENSORRT_RTX, TRT, TRT_PRIMITIVE
 from ..optimize import policy
 from ..optimize.policy import Policy
+from ..optimize.schemes import RTX_BUILT, Place, scheme_named
 from ..tables import listed
 from .devices import Target
 from .jetpack import JETPACKS, JetPack
@@ -24,21 +25,6 @@ OPSET_21 = (
     f"{PARSER_TABLE} of 10.0 and 10.1 tells of opsets 9 to 20, and of DequantizeLinear with INT4, which ONNX has from "
     "opset 21"
 )
-MEASURED_RTX = "parsed and built with TensorRT-RTX 1.7.1 on a computer without a GPU"
-
-
-@dataclass(frozen=True)
-class Ability:
-    """A precision of weights that a release runs.
-
-    since: the lowest compute capability. calibrated: the activations are quantised as well, by scales that only
-    calibration finds, so it cannot be had without.
-    """
-
-    precision: str
-    since: str
-    source: str
-    calibrated: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +42,6 @@ class Release:
     opset: int
     strongly_typed: bool
     policy: Policy
-    abilities: tuple[Ability, ...]
     source: str
     ahead_of_time: tuple[str, ...] = ()
 
@@ -65,44 +50,22 @@ class Release:
         """ "TensorRT 10.3.0"."""
         return f"{PRODUCTS[self.backend]} {self.version}"
 
-    def ability(self, precision: str) -> Ability | None:
+    def place(self, precision: str) -> Place | None:
         """How it runs weights of `precision`, None when it does not."""
-        return next((ability for ability in self.abilities if ability.precision == precision), None)
+        scheme = scheme_named(precision)
+        return scheme.place(self.backend, version=self.version, dialect=self.dialect) if scheme is not None else None
 
-    def precisions(self, compute_capability: tuple[str, ...]) -> tuple[str, ...]:
-        """What runs on each of these GPUs, calibrated or not, in the order of `names.PRECISIONS`."""
+    def runs(self, precision: str, compute_capability: tuple[str, ...]) -> bool:
+        """Whether each of these GPUs runs it, calibrated or not."""
         lowest = min(map(capability, compute_capability), default=capability("0.0"))
-        return tuple(ability.precision for ability in self.abilities if capability(ability.since) <= lowest)
+        place = self.place(precision)
+        return place is not None and capability(place.since) <= lowest
 
 
 def capability(text: str) -> tuple[int, ...]:
     """ "8.9" as numbers, which compare as they should ("10.0" is above "8.9")."""
     return tuple(int(part) for part in text.split("."))
 
-
-_FP16 = Ability("fp16", "5.3", "NVIDIA's TensorRT support matrix: every GPU that these releases run on")
-_W8A8 = Ability(
-    "int8",
-    "6.1",
-    "NVIDIA's TensorRT documentation: INT8 takes Q/DQ on both sides of a product; weight-only exists for INT4 alone",
-    calibrated=True,
-)
-_INT4 = Ability(
-    "int4", "8.0", "TensorRT 10.0 release notes: INT4 weight-only by blocked DequantizeLinear; Ampere and later"
-)
-_FP8 = Ability("fp8", "8.9", "NVIDIA's TensorRT documentation: FP8 products from compute capability 8.9")
-_NVFP4 = Ability("nvfp4", "10.0", "TensorRT 10.8 release notes: FP4 from compute capability 10.0")
-
-_RTX = (
-    Ability("fp16", "7.5", MEASURED_RTX),
-    Ability("int8", "8.0", f"{MEASURED_RTX}: weight-only; the TensorRT-RTX support matrix has none for 7.5"),
-    Ability("int4", "8.0", f"{MEASURED_RTX}: not for 7.5"),
-    Ability("fp8", "8.9", f"{MEASURED_RTX}: from 8.9"),
-    Ability("nvfp4", "12.0", f"{MEASURED_RTX}: from 12.0"),
-)
-
-CALIBRATABLE = ("int8", "fp8")
-"""Precisions whose activations can be quantised too, by scales that calibration finds."""
 
 NEWEST_TENSORRT, NEWEST_RTX = "11.4.1", "1.7.1"
 
@@ -114,7 +77,6 @@ _ALL = (
         17,
         False,
         policy.TENSORRT_8,
-        (_FP16, _W8A8),
         f"{PARSER_TABLE} of 8.6: up to opset 17",
     ),
     Release(
@@ -124,7 +86,6 @@ _ALL = (
         21,
         True,
         policy.TENSORRT,
-        (_FP16, _W8A8, _INT4, _FP8),
         OPSET_21,
     ),
     Release(
@@ -134,7 +95,6 @@ _ALL = (
         21,
         True,
         policy.TENSORRT,
-        (_FP16, _W8A8, _INT4, _FP8),
         f"{OPSET_21}; Attention comes with 10.14, RotaryEmbedding, RMSNormalization and TensorScatter with 10.15",
     ),
     Release(
@@ -144,7 +104,6 @@ _ALL = (
         24,
         True,
         policy.TENSORRT,
-        (_FP16, _W8A8, _INT4, _FP8, _NVFP4),
         f"{PARSER_TABLE} of 10.15: opsets 9 to 24",
     ),
     Release(
@@ -154,7 +113,6 @@ _ALL = (
         24,
         True,
         policy.TENSORRT,
-        (_FP16, _W8A8, _INT4, _FP8, _NVFP4),
         "NVIDIA's ONNX opset guide for 11.x: up to opset 25; weak typing is removed with 11.0",
     ),
     Release(
@@ -164,8 +122,7 @@ _ALL = (
         24,
         True,
         policy.TENSORRT_RTX,
-        _RTX,
-        MEASURED_RTX,
+        RTX_BUILT,
         ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
     ),
 )
@@ -200,8 +157,8 @@ def release_of(target: Target) -> Release | None:
 def needs_calibration(target: Target, precision: str) -> bool:
     """Whether weights of `precision` take scales of activations there, which `build` finds with --calibrate."""
     release = release_of(target)
-    ability = release.ability(precision) if release else None
-    return ability is not None and ability.calibrated
+    place = release.place(precision) if release else None
+    return place is not None and place.calibrated
 
 
 def _release_for_gpus(release: Release, target: Target) -> Release:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from llama_export import cli, pipeline
 from llama_export.build_options import BuildOptions
-from llama_export.optimize.formats import PRECISIONS
 from llama_export.pipeline import build, tool_versions
 from llama_export.progress import Silent
 from llama_export.runtime.bundle import open_bundle
@@ -56,17 +55,12 @@ def test_the_tools_are_those_that_are_here() -> None:
     assert {"onnxruntime", "onnxruntime-gpu"} & versions.keys()
 
 
-def test_the_command_line_knows_every_precision() -> None:
-    """It keeps a list of its own, since importing the formats takes a device's time."""
-    assert set(cli.PRECISIONS) >= set(PRECISIONS)
-
-
 def test_a_head_of_its_own_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = write_llama_folder(tmp_path / "llama")
     build(BuildOptions(str(model), "cpu", tmp_path / "out", "int4", head_precision="int8"))
     index = load_index_of_bundle(tmp_path / "out", EXACT)
     formats = {record.name: record.format for record in index.weights}
-    assert formats["lm_head.weight"] == "int8"
-    assert formats["model.layers.1.mlp.up_proj.weight"] == "int4"
+    assert formats["lm_head.weight"] == "int8-f16"
+    assert formats["model.layers.1.mlp.up_proj.weight"] == "int4-zeros-f16"
     assert verify(open_bundle(tmp_path / "out"), check_hashes=True, threads=2, progress=Silent()).passed

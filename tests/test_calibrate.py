@@ -182,7 +182,7 @@ def rounded(values: torch.Tensor, scale: InputScale) -> torch.Tensor:
 def test_a_graph_rounds_the_inputs_that_have_scales_and_no_others(precision: str, dialect: str, tmp_path: Path) -> None:
     model = llama(**VARIANTS["untied"])
     source = source_of(model)
-    formats = plan_formats(source.tensors, precision, policy=TENSORRT.calibrated())
+    formats = plan_formats(source.tensors, precision, policy=TENSORRT)
     found = calibrate(source, text_of(40, 30), 64, Silent())
     scales = input_scales(found, formats)
     for name in ("up", "gate"):  # they read the same

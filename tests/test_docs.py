@@ -18,7 +18,10 @@ import pytest
 import tomllib
 from llama_export.cli import main
 from llama_export.export.gguf import blocks as gguf_blocks
-from llama_export.optimize.formats import PRECISIONS, format_named, stored_bytes
+from llama_export.names import PRODUCTS
+from llama_export.optimize.formats import format_named, stored_bytes
+from llama_export.optimize.policy import ORT
+from llama_export.optimize.schemes import PRECISIONS, SCHEMES, Place
 from llama_export.runtime import GenerationOptions, load
 from llama_export.runtime.bundle import Limits, Manifest, ModelRecord, Shape, Tokens, open_bundle
 from llama_export.runtime.generate import Result
@@ -294,12 +297,28 @@ def test_every_pass_is_described() -> None:
 
 def test_the_bits_of_formats_are_right() -> None:
     rows = {row[0].strip("`"): row[2:4] for row in rows_of(ARCHITECTURE, "format")}
-    assert rows.keys() >= {*PRECISIONS, *(format.name for format in gguf_blocks.FORMATS.values())}
+    ours = {ORT.precisions[name].name for name in PRECISIONS if name in ORT.precisions}
+    assert rows.keys() >= ours | {format.name for format in gguf_blocks.FORMATS.values()}
     for name, cells in rows.items():
         format = format_named(name)
         assert format is not None
         bits = [stored_bytes((1, 256), format, scale_bytes) * 8 / 256 for scale_bytes in (4, 2)]
         assert [float(cell) for cell in cells] == bits
+
+
+def test_every_word_of_precision_is_told_where_it_runs() -> None:
+    """The table of schemes has a row for each word and backend, with what the registry says."""
+    told = {(row[0].strip("`"), row[1]): row[2:] for row in rows_of(ARCHITECTURE, "scheme")}
+    places = {(name, place_name(place)): place for name in PRECISIONS for place in SCHEMES[name].places}
+    assert told.keys() == places.keys()
+    for key, place in places.items():
+        capability = place.since or "any"
+        assert told[key] == [f"`{place.format.name}`", place.version, capability, place.activations], key
+
+
+def place_name(place: Place) -> str:
+    """A backend as the table calls it."""
+    return PRODUCTS[place.backend] + (f", {place.on.upper()}" if place.on else "")
 
 
 def test_the_document_shows_the_examples_as_they_are() -> None:

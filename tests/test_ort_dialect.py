@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from llama_export.export.rotary import rotary_tables
-from llama_export.optimize.formats import EMBEDDING, INT4, INT8, PRECISIONS, Format, int_format
+from llama_export.optimize.formats import EMBEDDING, INT4, INT8, Format, int_format
 from llama_export.optimize.ort import OrtOptions, lower
 from llama_export.optimize.ort.attention import lower_attention
 from llama_export.optimize.ort.last_positions import keep_last_positions
@@ -36,6 +36,7 @@ from support.graphs import (
 )
 
 CONTEXT = 64
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
 TABLES = (np.ones((CONTEXT, 16), np.float32), np.ones((CONTEXT, 16), np.float32))
 
 
@@ -182,7 +183,7 @@ def test_mixed_formats_keep_projections_apart(tmp_path: Path) -> None:
     tensors = source_tensors(model)
     formats = plan_formats(tensors, "int4")
     graph = traced_once(model.config)
-    mixed = {**formats, **{name: PRECISIONS["int8"] for name in formats if "v_proj" in name}}
+    mixed = {**formats, **{name: INT8 for name in formats if "v_proj" in name}}
     lower(graph, OrtOptions(mixed, rotary_tables(model.config, CONTEXT), 0))
     attention = next(node for node in graph.graph if node.op_type == "GroupQueryAttention")
     assert all(value is not None for value in attention.inputs[:3])

@@ -18,7 +18,7 @@ from llama_export.optimize.formats import EMBEDDING, FP16, stored_bytes
 from llama_export.optimize.ort import OrtOptions
 from llama_export.optimize.ort import lower as lower_to_ort
 from llama_export.optimize.plan import column_orders, plan_formats
-from llama_export.optimize.policy import ORT, TENSORRT, TENSORRT_8, TENSORRT_RTX, Policy
+from llama_export.optimize.policy import ORT, ORT_CUDA, TENSORRT, TENSORRT_8, TENSORRT_RTX, Policy
 from llama_export.optimize.tensors import SourceTensor
 from llama_export.targets.planner_weights import Weights, weights_of
 from support.graphs import VARIANTS, llama, source_tensors, traced_once
@@ -26,8 +26,10 @@ from support.graphs import VARIANTS, llama, source_tensors, traced_once
 CASES = [
     *((("ort", 21), ORT, precision) for precision in ("fp32", "fp16", "int8", "int4")),
     *((("trt", 24), TENSORRT_RTX, precision) for precision in ("fp16", "int8", "int4", "fp8", "nvfp4")),
-    *((("trt", 24), TENSORRT_RTX.calibrated(), precision) for precision in ("int8", "fp8")),
-    *((("trt-primitive", 21), TENSORRT, precision) for precision in ("fp16", "int4", "fp8", "int8")),
+    *((("ort", 21), ORT, precision) for precision in ("int4-b16-zeros", "int4-b32", "int8-b16-zeros", "int8-b256")),
+    *((("ort", 21), ORT_CUDA, precision) for precision in ("int4", "int8-b64-zeros")),
+    *((("trt", 24), TENSORRT_RTX, precision) for precision in ("w8a8", "fp8")),
+    *((("trt-primitive", 21), TENSORRT, precision) for precision in ("fp16", "int4", "fp8", "int8", "w8a8")),
     *((("trt-primitive", 17), TENSORRT_8, precision) for precision in ("fp16", "int8")),
 ]
 

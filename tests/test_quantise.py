@@ -29,6 +29,7 @@ from llama_export.optimize.quantise import (
     round_scales,
     stored_values,
 )
+from llama_export.optimize.schemes import DEFAULT_EMBEDDING, DEFAULT_INT4
 from llama_export.optimize.tensors import Blocks, SourceTensor
 from onnx import TensorProto, helper, numpy_helper
 
@@ -173,15 +174,15 @@ def checkpoint(*, tied: bool, hidden: int = 64) -> dict[str, SourceTensor]:
 
 
 def test_an_embedding_of_its_own_keeps_eight_bits() -> None:
-    assert plan_formats(checkpoint(tied=True), "int4")[EMBEDDING] == INT4
+    assert plan_formats(checkpoint(tied=True), "int4")[EMBEDDING] == DEFAULT_INT4
     untied = plan_formats(checkpoint(tied=False), "int4")
-    assert (untied[EMBEDDING], untied[HEAD], untied[PROJECTION]) == (INT8, INT4, INT4)
+    assert (untied[EMBEDDING], untied[HEAD], untied[PROJECTION]) == (DEFAULT_EMBEDDING, DEFAULT_INT4, DEFAULT_INT4)
     assert untied[NORM] == FP32
 
 
 def test_an_embedding_whose_rows_end_within_a_block_is_not_quantised() -> None:
     planned = plan_formats(checkpoint(tied=True, hidden=40), "int4")
-    assert (planned[EMBEDDING], planned[PROJECTION]) == (FP16, INT4)
+    assert (planned[EMBEDDING], planned[PROJECTION]) == (FP16, DEFAULT_INT4)
 
 
 def test_own_formats_are_kept() -> None:
@@ -206,6 +207,9 @@ def test_unknown_precision_is_refused_with_the_nearest() -> None:
         (INT4_OFFSET, 6 * 24, 6 * 20),
         (int_format(4, 16, zeros=True), 3 * (3 * 12 + 2), 3 * (3 * 10 + 2)),  # three zero points are two bytes
         (int_format(8, 64, zeros=True), 3 * 69, 3 * 67),
+        (int_format(4, half=True), 6 * 18, 6 * 18),
+        (int_format(4, offsets=True, half=True), 6 * 20, 6 * 20),
+        (int_format(8, 64, zeros=True, half=True), 3 * 67, 3 * 67),
     ],
 )
 def test_stored_bytes(format: object, expected: int, halved: int) -> None:

@@ -10,6 +10,7 @@ from llama_export.cli import main
 from llama_export.errors import LlamaExportError, UsageError
 from llama_export.optimize import ort, policy, primitive, trt
 from llama_export.optimize.graph import FLOAT32_SCOPE
+from llama_export.optimize.schemes import INT8_DYNAMIC, PRECISIONS, SCHEMES
 from llama_export.tables import listed
 from llama_export.targets import listing, made, recipes
 from llama_export.targets.choice import choose, with_possible_precision
@@ -67,7 +68,8 @@ def test_a_release_decides_dialect_and_opset(backend: str, version: str, facts: 
 def test_every_release_and_ability_has_a_source_and_a_precision_that_can_be_asked_for() -> None:
     for release in RELEASES.values():
         assert release.source
-        assert all(ability.source and ability.precision in names.PRECISIONS for ability in release.abilities)
+        places = [place for name in PRECISIONS if (place := release.place(name)) is not None]
+        assert places and all(place.source and place.since for place in places)
 
 
 def test_every_jetpack_but_5_has_a_release_that_engines_are_made_for() -> None:
@@ -80,15 +82,14 @@ def test_every_ability_has_a_format_that_the_graph_can_hold() -> None:
     for release in RELEASES.values():
         held = policy.TENSORRT_RTX if release.backend == "tensorrt-rtx" else policy.TENSORRT
         known = (policy.TENSORRT_8 if release.version.startswith("8.") else held).precisions
-        assert {ability.precision for ability in release.abilities} <= set(known)
-    assert tuple(policy.ORT.precisions) == made.ORT_PRECISIONS
+        assert {name for name in SCHEMES if release.place(name) is not None} <= set(known)
 
 
 def test_compute_capabilities_compare_as_numbers() -> None:
     release = RELEASES["tensorrt", "10.16.2"]
-    assert "fp8" in release.precisions(("11.0",)), "11.0 is above 8.9"
-    assert "fp8" not in release.precisions(("8.7",))
-    assert "nvfp4" not in RELEASES["tensorrt-rtx", "1.7.1"].precisions(("12.0", "8.9")), "one bundle for both"
+    assert release.runs("fp8", ("11.0",)), "11.0 is above 8.9"
+    assert not release.runs("fp8", ("8.7",))
+    assert not RELEASES["tensorrt-rtx", "1.7.1"].runs("nvfp4", ("12.0", "8.9")), "one bundle for both"
 
 
 # Choosing
@@ -140,7 +141,7 @@ def test_the_jetpack_decides_release_dialect_and_formats() -> None:
         "6.2": ("trt-primitive", 21),
         "7.2": ("trt", 24),
     }
-    assert {entry.precisions for entry in chosen.values()} == {("fp16", "int8"), ("fp16", "int8", "int4")}
+    assert {entry.precisions for entry in chosen.values()} == {("fp16", "int8", "w8a8"), ("fp16", "int8", "int4", "w8a8")}
 
 
 def test_a_patch_release_of_a_jetpack_is_that_jetpack() -> None:
@@ -224,7 +225,7 @@ def test_a_data_centre_card_takes_the_newest_tensorrt() -> None:
     release = release_of(target)
     assert release is not None
     assert release.version.startswith("11.")
-    assert bundle_made.precisions == ("fp16", "int8", "int4", "fp8")
+    assert bundle_made.precisions == ("fp16", "int8", "int4", "fp8", "w8a8")
     assert "such a GPU" in bundle_made.notes[1]
 
 
@@ -253,16 +254,22 @@ def test_the_details_say_release_dialect_and_precisions(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "jetpack", "precision", "message"),
     [
-        ("jetson-orin", "6.2", "fp8", "has fp16, int8 and int4 weights, not fp8"),
-        ("jetson-orin", "6.0", "int4", "TensorRT 8.6.2, compute capability 8.7) has fp16 and int8 weights, not int4"),
+        ("jetson-orin", "6.2", "fp8", "has fp16, int8, int4 and w8a8 weights, not fp8"),
+        ("jetson-orin", "6.0", "int4", "TensorRT 8.6.2, compute capability 8.7) has fp16, int8 and w8a8 weights, not"),
         ("jetson-orin", "6.0", "int4", "--jetpack 6.1, or --jetpack 6.2, or --jetpack 7.2, or --backend onnxruntime"),
         ("jetson-orin", "7.2", "nvfp4", "not nvfp4: choose one of these."),
         ("jetson-thor-t5000", "7.1", "nvfp4", "not nvfp4: choose one of these, or --jetpack 7.2."),
         ("jetson-orin", "6.2", "int8", "add --calibrate FILE, or choose fp16 or int4"),
-        ("rtx-4090", None, "nvfp4", "(TensorRT-RTX 1.7.1, compute capability 8.9) has fp16, int8, int4 and fp8"),
-        ("rtx", None, "fp8", "8.0, 8.6, 8.9 and 12.0) has fp16, int8 and int4 weights, not fp8"),
+        ("jetson-orin", "6.2", "w8a8", "add --calibrate FILE, or choose fp16 or int4"),
+        ("rtx-4090", None, "w8a8", "add --calibrate FILE, or choose fp16, int8, int4 or fp8"),
+        ("rtx-4090", None, "nvfp4", "(TensorRT-RTX 1.7.1, compute capability 8.9) has fp16, int8, int4, fp8 and w8a8"),
+        ("rtx", None, "fp8", "8.0, 8.6, 8.9 and 12.0) has fp16, int8, int4 and w8a8 weights, not fp8"),
         ("rtx-4090", None, "fp32", "or --backend onnxruntime"),
-        ("cpu", None, "fp8", "cpu with ONNX Runtime has fp32, fp16, int8 and int4 weights, not fp8"),
+        ("cpu", None, "fp8", "cpu with ONNX Runtime has fp32, fp16, int8, int4 and w8a8 weights, not fp8"),
+        ("jetson-orin", "6.2", "int4-b64-zeros", "that name their block int4-b16, int4-b32, int4-b64, int4-b128, int4-b256"),
+        ("jetson-orin", "6.0", "int4-b64", "that name their block none, not int4-b64: choose one of these, or --jetpack"),
+        ("rtx-4090", None, "int8-b128-zeros", "int8-b128, int8-b256, not int8-b128-zeros: choose one of these, or --back"),
+        ("cpu", None, "int4-b24", "Did you mean 'int4-b"),
         ("h100", None, "fp8", "or --backend tensorrt"),
     ],
 )
@@ -287,6 +294,12 @@ def test_a_precision_that_a_target_lacks_is_refused_with_what_it_has(
         ("rtx-4090", None, "fp8", True),
         ("rtx-5090", None, "nvfp4", False),
         ("cpu", None, "fp32", False),
+        ("cpu", None, "w8a8", False),
+        ("cpu", None, "int4-zeros", False),
+        ("cpu", None, "int8-b256-zeros", True),
+        ("rtx-4090", None, "int8-b64", False),
+        ("jetson-orin", "6.2", "int4-b128", True),
+        ("jetson-orin", "6.2", "w8a8", True),
     ],
 )
 def test_a_precision_that_a_target_has_is_taken(
@@ -295,7 +308,10 @@ def test_a_precision_that_a_target_has_is_taken(
     check_precision(*built(name, jetpack=jetpack), precision, calibrated)
 
 
-@pytest.mark.parametrize(("name", "precision"), [("cpu", "int8"), ("rtx-4090", "int4"), ("jetson-orin", "fp16")])
-def test_calibration_that_nothing_would_use_is_refused(name: str, precision: str) -> None:
-    with pytest.raises(UsageError, match="leave it out"):
-        check_precision(*built(name), precision, calibrated=True)
+def test_the_cpus_int8_is_w8a8_and_says_so() -> None:
+    made = built("cpu")[1]
+    place = made.place("w8a8")
+    assert place is not None and "int8 by another name" in place.note
+    assert place.format == made.policy().precisions["int8"]
+    assert place.activations == INT8_DYNAMIC
+    assert built("rtx-4090", backend="ort")[1].place("w8a8") is None, "its kernels read activations in float16"

@@ -95,7 +95,8 @@ def test_a_jetson_gets_a_graph_and_a_recipe_for_its_release(
     ("target", "precision", "calibrated", "capabilities"),
     [
         ("rtx-4090", "int4", False, ("8.9",)),
-        ("rtx-4090", "int8", True, ("8.9",)),
+        ("rtx-4090", "w8a8", True, ("8.9",)),
+        ("rtx-4090", "int8-b64", False, ("8.9",)),
         ("rtx", None, False, ("8.0", "8.6", "8.9", "12.0")),
         ("rtx-5090", "nvfp4", False, ("12.0",)),
         ("dgx-spark", "fp8", False, ("12.1",)),
@@ -154,9 +155,9 @@ def test_a_backend_may_be_chosen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "options", "words"),
     [
-        ("jetson-orin", {"precision": "fp8"}, ["fp16, int8 and int4", "not fp8"]),
+        ("jetson-orin", {"precision": "fp8"}, ["fp16, int8, int4 and w8a8", "not fp8"]),
         ("jetson-orin", {"precision": "int8"}, ["--calibrate FILE"]),
-        ("jetson-orin", {"head_precision": "fp8"}, ["fp16, int8 and int4", "not fp8"]),
+        ("jetson-orin", {"head_precision": "fp8"}, ["fp16, int8, int4 and w8a8", "not fp8"]),
         ("jetson-orin", {"head_precision": "int8"}, ["--calibrate FILE"]),
         ("jetson-orin", {"batch": 5000}, ["--batch must be from 1 to 4096"]),
         ("jetson-orin", {"precision": "int4", "jetpack": "6.0"}, ["TensorRT 8.6.2", "--jetpack 6.1"]),
@@ -164,8 +165,12 @@ def test_a_backend_may_be_chosen(tmp_path: Path) -> None:
         ("jetson-orin", {"backend": "rtx"}, ["--backend"]),
         ("rtx-4090", {"jetpack": "6.2"}, ["no", "Jetson"]),
         ("jetson-orin", {"context": 100_000}, ["--context 100000"]),
-        ("jetson-orin", {"precision": "int4", "calibrated": True}, ["--calibrate"]),
-        ("cpu", {"precision": "int8", "calibrated": True}, ["--calibrate"]),
+        ("jetson-orin", {"precision": "fp16", "calibrated": True}, ["--calibrate", "fp16 quantises nothing"]),
+        ("cpu", {"precision": "fp32", "calibrated": True}, ["--calibrate", "fp32 quantises nothing"]),
+        ("cpu", {"precision": "int8", "calibrated": True, "method": "rtn"}, ["--method rtn uses no text", "gptq"]),
+        ("cpu", {"precision": "int8", "method": "gptq"}, ["--method gptq learns from a text", "--calibrate built-in"]),
+        ("jetson-orin", {"precision": "fp16", "method": "search"}, ["--method search is for weights", "--precision"]),
+        ("jetson-orin", {"precision": "int4-b256"}, ["numbers; choose int4-b16, int4-b32 or int4"]),
     ],
 )
 def test_what_a_target_lacks_is_refused_before_anything_is_made(

@@ -35,8 +35,9 @@ from llama_export.optimize.formats import (
     stored_bytes,
 )
 from llama_export.optimize.plan import plan_formats
-from llama_export.optimize.policy import ORT, TENSORRT, TENSORRT_8, TENSORRT_RTX
+from llama_export.optimize.policy import ORT, ORT_CUDA, TENSORRT, TENSORRT_8, TENSORRT_RTX
 from llama_export.optimize.quantise import converted, dequantise, quantise, round_scales, stored_values
+from llama_export.optimize.schemes import DEFAULT_INT4, DEFAULT_INT8
 from llama_export.optimize.shared.pack_linears import pack_linears
 from llama_export.optimize.tensors import Blocks, SourceTensor
 from llama_export.optimize.trt.embedding import lower_embedding
@@ -427,12 +428,20 @@ def checkpoint(*, tied: bool, hidden: int = 64) -> dict[str, SourceTensor]:
         (TENSORRT_RTX, "int4", True, 48, {WEIGHT: int_format(4, 16), EMBEDDING: int_format(4, 16)}),
         (TENSORRT_RTX, "int4", True, 40, {WEIGHT: FP16, EMBEDDING: FP16}),
         (TENSORRT_RTX, "nvfp4", False, 40, {WEIGHT: FP16, HEAD: FP16, EMBEDDING: FP16}),
-        (TENSORRT_RTX.calibrated(), "int8", False, 40, {WEIGHT: INT8_ROW, HEAD: INT8_ROW, EMBEDDING: FP16}),
+        (TENSORRT_RTX, "w8a8", False, 40, {WEIGHT: INT8_ROW, HEAD: INT8_ROW, EMBEDDING: FP16}),
         (TENSORRT, "int4", False, 64, {WEIGHT: POSITIVE4, HEAD: POSITIVE4, EMBEDDING: FP16}),
         (TENSORRT, "int4", True, 64, {WEIGHT: POSITIVE4, EMBEDDING: POSITIVE4}),
         (TENSORRT, "int8", True, 64, {WEIGHT: INT8_ROW, EMBEDDING: FP16}),
         (TENSORRT_8, "int8", False, 64, {WEIGHT: INT8_ROW, HEAD: INT8_ROW, EMBEDDING: FP16}),
-        (ORT, "int4", False, 48, {WEIGHT: INT4, HEAD: INT4, EMBEDDING: FP16}),
+        (TENSORRT, "w8a8", True, 64, {WEIGHT: INT8_ROW, EMBEDDING: FP16}),
+        (TENSORRT_RTX, "int8-b16", True, 48, {WEIGHT: replace(int_format(8, 16), positive=True)}),
+        (ORT, "int4", False, 48, {WEIGHT: DEFAULT_INT4, HEAD: DEFAULT_INT4, EMBEDDING: FP16}),
+        (ORT, "w8a8", False, 64, {WEIGHT: DEFAULT_INT8, HEAD: DEFAULT_INT8, EMBEDDING: DEFAULT_INT8}),
+        (ORT, "int4-b16", False, 48, {WEIGHT: int_format(4, 16, half=True), EMBEDDING: FP16}),
+        (ORT, "int4-b16-zeros", True, 48, {WEIGHT: int_format(4, 16, zeros=True, half=True)}),
+        (ORT, "int4-b16-zeros", True, 48, {EMBEDDING: int_format(4, 16, half=True)}),  # three blocks are no whole bytes
+        (ORT_CUDA, "int4", False, 64, {WEIGHT: int_format(4, zeros=True), EMBEDDING: INT8}),
+        (ORT_CUDA, "int8-b64-zeros", True, 64, {WEIGHT: int_format(8, 64, zeros=True)}),
     ],
 )
 def test_formats_of_a_backend(
@@ -443,7 +452,7 @@ def test_formats_of_a_backend(
 
 
 def test_a_precision_that_a_backend_lacks_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"'int4'.*fp16, int8"):
+    with pytest.raises(UsageError, match=r"TensorRT 8\.6 does not run int4 weights; choose one of fp16, int8"):
         plan_formats(checkpoint(tied=True), "int4", policy=TENSORRT_8)
 
 
