@@ -1,0 +1,182 @@
+"""The quantisers on one matrix: what they lose, what they keep, and what they do with odd numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from llama_export.optimize.equivalence import Seam
+from llama_export.optimize.formats import BLOCKS, Format, int_format
+from llama_export.optimize.quantise import dequantise, quantise
+from llama_export.optimize.quantisers.equalise import equalised
+from llama_export.optimize.quantisers.gptq import correction, gptq, inputs_of
+from llama_export.optimize.quantisers.search import search
+from llama_export.optimize.tensors import Blocks, Float32
+
+FORMATS = [
+    *(
+        int_format(4, block, zeros=zeros, half=half)
+        for block in (16, 32, 128)
+        for zeros in (False, True)
+        for half in (False, True)
+    ),
+    *(replace(int_format(bits), positive=True) for bits in (4, 8)),
+    int_format(8, 64, zeros=True, half=True),
+]
+COLUMNS = (64, 100, 256)
+
+
+def matrix(rows: int, columns: int, seed: int = 0) -> Float32:
+    draw = np.random.default_rng(seed)
+    return (draw.standard_normal((rows, columns)) * np.exp(draw.standard_normal(columns))).astype(np.float32)
+
+
+def inputs(columns: int, tokens: int = 400, seed: int = 1) -> torch.Tensor:
+    """Correlated, some channels much larger than others: [tokens, columns]."""
+    draw = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(tokens, columns, generator=draw) @ torch.randn(columns, columns, generator=draw)
+    return mixed * torch.exp(torch.randn(columns, generator=draw))
+
+
+def check_blocks(blocks: Blocks, format: Format, rows: int, columns: int) -> None:
+    """The numbers are such as the writer takes."""
+    assert blocks.format == format
+    assert blocks.codes.shape == (rows, format.padded(columns))
+    assert blocks.codes.dtype == np.uint8
+    assert blocks.codes.max() < 2**format.bits
+    assert blocks.scales.shape == (rows, format.blocks(columns))
+    assert (blocks.zeros is not None) == format.zeros
+    assert np.isfinite(blocks.scales).all()
+    if format.positive:
+        assert (blocks.scales > 0).all()
+    if format.half:
+        assert (blocks.scales == blocks.scales.astype(np.float16)).all()
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: f"{format.name}{'+' * format.positive}")
+def test_search_loses_less_than_rounding_to_nearest(format: Format, columns: int) -> None:
+    rows = matrix(37, columns)
+    importance = inputs(columns).square().mean(0).numpy()
+
+    def lost(blocks: Blocks, counts: Float32) -> float:
+        return float((counts * (dequantise(blocks, columns).astype(np.float64) - rows) ** 2).sum())
+
+    nearest = quantise(rows, format)
+    for counts, found in (
+        (np.ones(columns, np.float32), search(rows, format)),
+        (importance, search(rows, format, importance)),
+    ):
+        check_blocks(found, format, 37, columns)
+        assert lost(found, counts) < (0.97 if format.bits == 4 else 1.0) * lost(nearest, counts)
+    assert lost(search(rows, format, importance), importance) < lost(search(rows, format), importance)
+
+
+def test_no_scale_nearby_is_better_for_the_codes_that_were_found() -> None:
+    rows, format = matrix(11, 64), int_format(4, zeros=True)
+    found = search(rows, format)
+    for factor in (0.97, 0.99, 1.01, 1.03):
+        other = replace(found, scales=found.scales * np.float32(factor))
+        worse = ((dequantise(other, 64) - rows) ** 2).reshape(11, 2, 32).sum(-1)
+        assert (worse >= ((dequantise(found, 64) - rows) ** 2).reshape(11, 2, 32).sum(-1) * 0.999).all()
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: f"{format.name}{'+' * format.positive}")
+def test_odd_blocks_become_what_rounding_makes_of_them(format: Format) -> None:
+    rows = matrix(6, 256)
+    rows[0] = 0
+    rows[1, : format.block] = 0
+    rows[2] = 3.0
+    rows[3] = -2.5
+    rows[4] = 1e-30
+    found = search(rows, format, np.zeros(256, np.float32))  # nothing counts: nothing can be searched for
+    check_blocks(found, format, 6, 256)
+    assert (dequantise(found, 256) == dequantise(quantise(rows, format), 256)).all()
+    found = search(rows, format)
+    check_blocks(found, format, 6, 256)
+    values = dequantise(found, 256)
+    assert (values[0] == 0).all()
+    assert (values[1, : format.block] == 0).all()
+    assert np.allclose(values[2:4], rows[2:4], rtol=0.01)
+
+
+def test_what_is_no_block_of_integers_is_rounded_to_nearest() -> None:
+    rows, format = matrix(3, 64), int_format(8)
+    whole = Format("int8-row", 8, whole=True, positive=True)
+    assert (search(rows, whole).codes == quantise(rows, whole).codes).all()
+    rows[1, 5] = np.nan
+    assert not np.isfinite(dequantise(search(rows, format), 64)).all(), "the writer has to see it"
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: f"{format.name}{'+' * format.positive}")
+def test_gptq_changes_the_product_less_than_search(format: Format, columns: int) -> None:
+    weight, read = torch.from_numpy(matrix(29, columns)), inputs(columns)
+    hessian = read.T @ read / len(read)
+    before = weight.clone()
+    found = gptq(weight, inputs_of(hessian, format.padded(columns)), format)
+    check_blocks(found, format, 29, columns)
+    assert torch.equal(weight, before)
+
+    def lost(blocks: Blocks) -> float:
+        return float(((torch.from_numpy(dequantise(blocks, columns)) - weight) @ read.T).square().sum())
+
+    assert lost(found) < 0.9 * lost(search(weight.numpy(), format, hessian.diagonal().numpy()))
+
+
+def test_more_rounds_lose_no_more() -> None:
+    weight, read, format = torch.from_numpy(matrix(29, 96)), inputs(96), int_format(4, zeros=True)
+    given = inputs_of(read.T @ read / len(read), 96)
+
+    def lost(rounds: int) -> float:
+        change = torch.from_numpy(dequantise(gptq(weight, given, format, rounds=rounds), 96)) - weight
+        return float(((change @ given.hessian) * change).sum())
+
+    found = [lost(rounds) for rounds in (0, 1, 2)]
+    assert found[0] > found[1] >= found[2] * (1 - 1e-6)
+
+
+@pytest.mark.parametrize(
+    "hessian", [torch.zeros(64, 64), torch.ones(64, 64), torch.eye(64) * 1e-30], ids="zero one tiny".split()
+)
+def test_inputs_that_tell_little_are_no_obstacle(hessian: torch.Tensor) -> None:
+    format = int_format(4, zeros=True)
+    found = gptq(torch.from_numpy(matrix(5, 64)), inputs_of(hessian, 64), format)
+    check_blocks(found, format, 5, 64)
+    assert np.abs(dequantise(found, 64) - matrix(5, 64)).max() < 0.6 * np.abs(matrix(5, 64)).max()
+
+
+def test_the_correction_makes_up_for_wrong_inputs() -> None:
+    original = inputs(48)
+    read = original + 0.3 * torch.randn(original.shape, generator=torch.Generator().manual_seed(5)) * original.std(0)
+    hessian, cross = read.T @ read / len(read), read.T @ original / len(read)
+    weight = torch.from_numpy(matrix(7, 48))
+
+    def lost(share: float) -> float:
+        return float((read @ (weight @ correction(hessian, cross, share)).T - original @ weight.T).square().mean())
+
+    assert lost(1.0) < lost(0.5) < lost(0.0)
+    assert torch.allclose(correction(hessian, hessian), torch.eye(48), atol=1e-3), "right inputs ask for no correction"
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_equalised_columns_are_alike(times: int) -> None:
+    seam = Seam(("v",), ("o", "p"), 8, 4, times)
+    weights = {"o": torch.from_numpy(matrix(20, 8 * times)), "p": torch.from_numpy(matrix(9, 8 * times, 4))}
+    weights["o"][:, 2] = weights["p"][:, 2] = 0
+    factors = equalised(seam, weights)
+    assert factors.shape == (8,)
+    assert np.isfinite(factors).all() and (factors > 0).all()
+    both = np.concatenate([part.numpy() * seam.columns(factors) for part in weights.values()])
+    sizes = np.sqrt((both.reshape(29, 2, times, 4) ** 2).sum((0, 2))).reshape(-1)
+    used = sizes > 0
+    assert np.allclose(sizes[used], sizes[used].mean(), rtol=1e-4)
+    if times == 1:
+        assert factors[2] == 1
+
+
+def test_blocks_of_every_size() -> None:
+    for block in BLOCKS:
+        check_blocks(search(matrix(3, 300), int_format(4, block, zeros=True)), int_format(4, block, zeros=True), 3, 300)
