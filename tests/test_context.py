@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 from llama_export.errors import UsageError
+from llama_export.optimize.formats import format_named, stored_bytes
 from llama_export.targets.context import (
     RUNTIME_BYTES,
     Load,
@@ -68,6 +69,19 @@ def test_plain_weights_are_float32_in_memory_on_the_cpu() -> None:
     assert weights(load_1b(weight_bytes=halves)) >= 2 * 1_500_000
     assert weights(load_1b(weight_bytes={**halves, "int8": 100_000})) == weights(load_1b(weight_bytes=halves)) + 160_000
     assert weights(load_1b(weight_bytes=halves, on_cpu=False)) == 1_500_000
+
+
+def test_scales_in_float16_are_float32_in_memory_on_the_cpu() -> None:
+    """The same weights take the same, however their scales are stored."""
+
+    def weights(name: str) -> int:
+        format = format_named(name)
+        assert format is not None
+        load = load_1b(weight_bytes={name: stored_bytes((1000, 2048), format)})
+        return needed_bytes(load, 0) - needed_bytes(replace(load, weight_bytes={}), 0)
+
+    for name in ("int4", "int4-zeros", "int8-b64", "int4-b16-offset"):
+        assert weights(f"{name}-f16") == pytest.approx(weights(name), rel=1e-6)
 
 
 def test_the_whole_context_is_chosen_where_it_fits_even_if_odd() -> None:
