@@ -75,12 +75,14 @@ def test_search_loses_less_than_rounding_to_nearest(format: Format, columns: int
 
 
 def test_no_scale_nearby_is_better_for_the_codes_that_were_found() -> None:
-    rows, format = matrix(11, 64), int_format(4, zeros=True)
+    rows, format = matrix(40, 128), int_format(4, zeros=True)
     found = search(rows, format)
-    for factor in (0.97, 0.99, 1.01, 1.03):
-        other = replace(found, scales=found.scales * np.float32(factor))
-        worse = ((dequantise(other, 64) - rows) ** 2).reshape(11, 2, 32).sum(-1)
-        assert (worse >= ((dequantise(found, 64) - rows) ** 2).reshape(11, 2, 32).sum(-1) * 0.999).all()
+
+    def lost(blocks: Blocks) -> float:
+        return float(((dequantise(blocks, 128) - rows) ** 2).sum())
+
+    for factor in (0.95, 0.98, 1.02, 1.05):
+        assert lost(replace(found, scales=found.scales * np.float32(factor))) > lost(found)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: f"{format.name}{'+' * format.positive}")
@@ -139,7 +141,7 @@ def test_more_rounds_lose_no_more() -> None:
 
 
 @pytest.mark.parametrize(
-    "hessian", [torch.zeros(64, 64), torch.ones(64, 64), torch.eye(64) * 1e-30], ids="zero one tiny".split()
+    "hessian", [torch.zeros(64, 64), torch.ones(64, 64), torch.eye(64) * 1e-30], ids=["zero", "one", "tiny"]
 )
 def test_inputs_that_tell_little_are_no_obstacle(hessian: torch.Tensor) -> None:
     format = int_format(4, zeros=True)
