@@ -77,7 +77,7 @@ class Measurer:
         with KeptLogits(self.folder.parent, self._scored, places) as kept:
             shipped = self._shipped(kept)
             give_back()
-            watch = self._watched(kept if isinstance(shipped, _Shipped) else None)
+            watch = self._watched(kept if isinstance(shipped, Shipped) else None)
         end = watch.end(shipped)
         text = MeasuredText(self.text.name, self.text.sha256, len(self.text.windows), self.text.tokens)
         files = {name: (self.folder / name).stat().st_size for name in (GRAPH_FILE, DATA_FILE)}
@@ -89,7 +89,7 @@ class Measurer:
         """Tokens that have a next one in their window."""
         return self.text.tokens - len(self.text.windows)
 
-    def _shipped(self, kept: KeptLogits) -> _Shipped | str:
+    def _shipped(self, kept: KeptLogits) -> Shipped | str:
         """Put what runs here through the text; what computed it, or why it cannot."""
         # This takes no GPU: ONNX Runtime's CPU kernels run the same graph.
         bundle = Bundle(self.folder, replace(self.manifest, providers=(CPU_PROVIDER,)), manifest_sha256="")
@@ -99,8 +99,8 @@ class Measurer:
             for logits in scored_logits(replayer, self.text.windows):
                 kept.add(logits)
         except LlamaExportError as error:
-            return f"ONNX Runtime cannot run it here: {error}"
-        return _Shipped(replayer.name + self._instead)
+            return f"ONNX Runtime cannot run it here: {error}".replace(str(self.folder), "the bundle")
+        return Shipped(replayer.name + self._instead)
 
     @property
     def _instead(self) -> str:
@@ -110,12 +110,12 @@ class Measurer:
             return f", the graph that {PRODUCTS[backend]} gets"
         return "" if self.manifest.provider == CPU_PROVIDER else f", in place of {self.manifest.provider}"
 
-    def _watched(self, kept: KeptLogits | None) -> _Watching:
+    def _watched(self, kept: KeptLogits | None) -> Comparison:
         source, context = self.source, self.manifest.limits.context
         config, formats = transformers_config(source.config), {n: p.format for n, p in self.placements.items()}
         sides = (Original(source.tensors), Exact(self.stored, formats, self._scales))
         matrices = MatrixErrors(config, context, source.tensors, self.stored, self.text.windows)
-        watch = _Watching(self.text.windows, matrices, kept)
+        watch = Comparison(self.text.windows, matrices, kept)
         StreamedModel(config, source.tensors, context, sides).show(self.text.windows, self.progress, watch)
         matrices.embedding(sides[1])
         return watch
@@ -141,7 +141,8 @@ class Measurer:
             format, size = self.placements[name].format, math.prod(tensor.shape)
             bits = 8 * self._stored_bytes(name, format) / size
             found = errors[name]
-            yield MatrixRecord(name, _layer_of(name), format.name, size, round(bits, 4), found.weight, found.output)
+            weight, output = rounded(found.weight), rounded(found.output)
+            yield MatrixRecord(name, _layer_of(name), format.name, size, rounded(bits), weight, output)
 
 
 def _layer_of(name: str) -> int | None:
@@ -150,15 +151,17 @@ def _layer_of(name: str) -> int | None:
 
 
 @dataclass(frozen=True)
-class _Shipped:
+class Shipped:
     """What computed the logits that were kept. by: its name."""
 
     by: str
 
 
 @dataclass
-class _Watching:
-    """A `reference.Watch` of matrices and logits. kept: the shipped graph's, None where there are none."""
+class Comparison:
+    """Of the checkpoint's weights with those that are stored, and of what runs: a `reference.Watch`. windows: of two
+    tokens at least each. kept: the shipped graph's logits at the scored places, None where there are none.
+    """
 
     windows: Sequence[Sequence[int]]
     matrices: MatrixErrors
@@ -201,7 +204,7 @@ class _Watching:
             others.append(torch.from_numpy(self.kept.piece(start, start + len(rows))))
         self.divergences.add(start, original, others)
 
-    def end(self, shipped: _Shipped | str) -> End:
+    def end(self, shipped: Shipped | str) -> End:
         """Everything has passed. shipped: what computed the logits that were kept, or why there are none."""
         original = _perplexity(self.divergences.original_nll())
         weights = self._figures(f"PyTorch {torch.__version__}", self.divergences.apart(0, "The stored weights'"))
@@ -215,13 +218,23 @@ class _Watching:
         kl = bootstrap_mean(groups)
         return EndFigures(
             by,
-            Interval(kl.value, kl.low, kl.high),
-            float(np.quantile(apart.kl, 0.99)),
-            float(apart.kl.max()),
-            float(apart.same.mean()),
+            Interval(_nats(kl.value), *(None if end is None else _nats(end) for end in (kl.low, kl.high))),
+            _nats(np.quantile(apart.kl, 0.99)),
+            _nats(apart.kl.max()),
+            rounded(float(apart.same.mean())),
             _perplexity(apart.nll),
         )
 
 
 def _perplexity(nll: Float64) -> float:
-    return math.exp(min(max(0.0, float(nll.mean())), _LARGEST_NLL))
+    return rounded(math.exp(min(max(0.0, float(nll.mean())), _LARGEST_NLL)))
+
+
+def _nats(value: float) -> float:
+    """As exact as a divergence is."""
+    return rounded(round(float(value), 7))
+
+
+def rounded(value: float) -> float:
+    """To six digits: builds of the same are equal, where kernels do not add in the same order every time."""
+    return float(f"{value:.6g}")
