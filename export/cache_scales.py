@@ -3,8 +3,8 @@ layers.
 
 Keys are cached after the rotary embedding, which turns two channels at a time by the token's position: in a short text
 a slow pair has seen few angles. The length of the pair is the same at every position, so both channels get the scale of
-the longest. The text is cut into short pieces, since the first token of a text has keys of its own (the attention sink,
-arXiv:2309.17453), and they differ with the token.
+the longest. Every second sequence is cut into short pieces, since the first token of a text has keys of its own (the
+attention sink, arXiv:2309.17453), and they differ with the token.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ from .source import Source
 
 PIECE = 64
 """Tokens of a piece, so that many tokens come first."""
+
+MARGIN = 1.25
+"""Room above what the text reaches: one key that is cut off costs more than steps that are a quarter larger. SmolLM2 on
+512 tokens of WikiText: KL 0.0038 without, its largest at one position 0.84; with it 0.0024 and 0.04.
+"""
 
 _LARGEST = 127
 _LEAST = 1e-6
@@ -60,8 +65,8 @@ class _Longest(KeptCache):
 def cache_scales(
     source: Source, text: CalibrationText, context: int, head_dim: int, progress: Progress
 ) -> dict[str, Float32]:
-    """Scales of keys and values, float32 [1, kv_heads, 1, head_dim], by `past_key_values.N.key|value`: the largest over
-    127.
+    """Scales of keys and values, float32 [1, kv_heads, 1, head_dim], by `past_key_values.N.key|value`: the largest
+    times `MARGIN` over 127.
 
     Runs the model over `text` in float32, one decoder layer in memory. context: of the
     bundle; head_dim: of its cache, whose padding of zeros has scales of 1. Raises LlamaExportError where a key or value
@@ -84,13 +89,14 @@ def cache_scales(
 
 
 def _pieces(sequences: Sequence[Sequence[int]], source: Source) -> list[tuple[int, ...]]:
-    """The sequences cut shorter, each piece with what the tokenizer puts before a text."""
+    """The sequences, every second one cut shorter, each piece with what the tokenizer puts before a text."""
     before = (source.tokens.bos,) if source.tokens.add_bos and source.tokens.bos is not None else ()
-    return [
+    pieces = [
         (*before, *sequence[start : start + PIECE])
-        for sequence in sequences
+        for sequence in sequences[::2]
         for start in range(len(before), len(sequence), PIECE)
     ]
+    return [*pieces, *map(tuple, sequences[1::2])]
 
 
 def _scale(name: str, largest: Float32, head_dim: int) -> Float32:
@@ -100,5 +106,5 @@ def _scale(name: str, largest: Float32, head_dim: int) -> Float32:
             "damaged, download or copy it again."
         )
     scale = np.ones((1, len(largest), 1, head_dim), np.float32)
-    scale[0, :, 0, : largest.shape[1]] = np.maximum(largest / np.float32(_LARGEST), np.float32(_LEAST))
+    scale[0, :, 0, : largest.shape[1]] = np.maximum(largest * np.float32(MARGIN / _LARGEST), np.float32(_LEAST))
     return scale

@@ -127,7 +127,7 @@ def _no_int8(target: Target, made: Made) -> str:
     if made.dialect in _NO_INT8:
         return _NO_INT8[made.dialect]
     if not made.on_cpu:
-        return f"ONNX Runtime's kernel for it is the CPU's, while {PRODUCTS[made.backend]} computes on CUDA there"
+        return "no such cache has been run on a GPU by us, and the CPU's kernel proves little of CUDA's"
     return (
         f"it takes ONNX Runtime {CACHE_MINIMUM_ONNXRUNTIME}, and there is none so new for the Python of JetPack "
         f"{target.jetpack}"
