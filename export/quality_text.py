@@ -62,7 +62,7 @@ def quality_text(source: Source, file: Path | None, context: int) -> QualityText
     length, count = _windows(_tokens(source), context)
     body = max(1, length - len(before))
     ids = _ids(source, text, body * count, name)
-    windows = tuple((*before, *part) for part in _parts(ids, body))
+    windows = tuple((*before, *part) for part in _parts(ids, body) if len(before) + len(part) > 1)
     if not windows:
         raise LlamaExportError(
             f"{name} holds {len(ids)} tokens, but measuring quality takes 2 at least; name a text of a few hundred "
@@ -97,8 +97,8 @@ def _ids(source: Source, text: str, most: int, name: str) -> list[int]:
 
 
 def _parts(ids: list[int], length: int) -> Iterator[list[int]]:
-    """Consecutive windows; a last one that is too short to tell of anything is left out, unless it is the only one."""
+    """Consecutive windows; a last one of less than half of the length is left out, unless it is the only one."""
     for start in range(0, len(ids), length):
         part = ids[start : start + length]
-        if len(part) >= 2 and (start == 0 or 2 * len(part) >= length):
+        if start == 0 or 2 * len(part) >= length:
             yield part

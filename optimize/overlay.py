@@ -54,4 +54,4 @@ def _searched(
     def read(start: int, stop: int) -> Float32:
         return dequantise(blocks(start, stop), tensor.shape[1])
 
-    return replace(tensor, format=format, read=read, blocks=blocks, order=None)
+    return replace(tensor, format=format, read=read, blocks=blocks, order=None, scaled=tensor)

@@ -50,8 +50,8 @@ class SourceTensor:
     or where no format holds them.
     order: int64 [columns], the column that each column of `blocks` is, where they were quantised in an order of their
     own (GPTQ's desc_act); None where columns stand in place.
-    scaled: what was quantised to these codes, where it is not the checkpoint's tensor but that with channel scales moved
-    into it (see `equivalence`); None elsewhere.
+    scaled: what was quantised to these codes: the checkpoint's tensor, or that with channel scales moved into it (see
+    `equivalence`); None where that is the checkpoint's, or these are its own codes.
     `read` and `blocks` may be called from several threads at once, and hold little more than the rows they return.
     """
 
