@@ -2,9 +2,11 @@
 backward pass over a text.
 
 An error d of the weights changes the model's predictions by a KL divergence of about d'Fd / 2, with F the Fisher
-information of these predictions (Martens, arXiv:1412.1193, section 5). Its labels are drawn from what the model itself
-predicts, so that no data are labelled. With the inputs x of a matrix and the gradients g of what comes out of it, each
-of one token, it is the sum of (g . dx)^2 / 2.
+information of these predictions (Martens, arXiv:1412.1193, section 5): the mean of the squared gradient of the
+likelihood of labels which are drawn from what the model itself predicts, so that no data are labelled. Errors of
+rounding are independent of one another, so that only F's diagonal counts. The gradient is that of a whole text: an
+error of v is the same for every token that attention mixes, and does not average out. The head's own part of F is known
+without drawing.
 
 Layers stream twice, forward, keeping what enters each, and backward: one decoder layer is in memory.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from ..optimize.formats import EMBEDDING, Format
 from ..optimize.plan import head_of
 from ..optimize.tensors import Float32, SourceTensor
 from ..progress import Progress
+from ..runtime.threads import physical_cores
 from .layerwise import LAST_NORM, Texts, cuts, decoder_layer, embedded, float32_bytes, norm_before_head, projections
 
 Stored = Callable[[SourceTensor, Format, int, int, Float32], Float32]
@@ -33,21 +37,21 @@ Stored = Callable[[SourceTensor, Format, int, int, Float32], Float32]
 IN_MEMORY = 1 << 28
 """Bytes of what enters the layers above which it lies in a file."""
 
-HEAD_TOKENS = 512
-"""At most so many tokens, evenly spread, tell the head's costs: no labels are drawn for these, so few tell enough."""
-
 _LOGITS = 1 << 23
 """Logits that are in memory together."""
+
+_PIECE = 1 << 19
+"""Values that one thread converts at a time: the temporaries stay in the processor's cache."""
 
 _SEED = 20260
 
 
 @dataclass
 class Sensitivity:
-    """One measurement of what candidates cost. After `measure`, `kl` has by matrix and format the predicted KL
-    divergence, in nats a token, of storing this matrix alone so.
+    """One measurement of what candidates cost: `kl` has by matrix and format the predicted KL divergence, in nats a
+    token, of storing this matrix alone so, once `measure` ends.
 
-    tensors: the checkpoint's. context: of the bundle. sequences: the text. candidates: by the checkpoint name of a
+    tensors: the checkpoint's. context: of the bundle. sequences: the texts. candidates: by the checkpoint name of a
     matrix, the formats that it may get.
     """
 
@@ -68,15 +72,16 @@ class Sensitivity:
         Raises LlamaExportError where the model's numbers are not finite.
         """
         layers, hidden = self.config.num_hidden_layers, self.config.hidden_size
-        shape = (layers, self._tokens, hidden)
+        shape = (layers, self.tokens, hidden)
         with tempfile.TemporaryFile(dir=folder) as file:
-            large = 2 * layers * self._tokens * hidden > IN_MEMORY
+            large = 2 * layers * self.tokens * hidden > IN_MEMORY
             entered = np.memmap(file, np.uint16, "w+", shape=shape) if large else np.empty(shape, np.uint16)
             self._run(torch.from_numpy(entered).view(torch.bfloat16))
         return self.kl
 
     @property
-    def _tokens(self) -> int:
+    def tokens(self) -> int:
+        """Of the texts."""
         return sum(map(len, self.sequences))
 
     def _run(self, entered: torch.Tensor) -> None:
@@ -108,62 +113,50 @@ class Sensitivity:
         self, texts: Texts, index: int, entered: torch.Tensor, gradients: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
         """The gradients [length, hidden] of what enters a layer; its matrices' costs are noted on the way."""
-        layer, seen = self._layer(index), dict[str, _Seen]()
+        layer, fishers = self._layer(index), dict[str, _Fisher]()
         for name, module in projections(index, layer):
             if name in self.candidates:
-                seen[name] = _Seen()
-                module.register_forward_hook(seen[name].hook)
+                fishers[name] = _Fisher(torch.zeros(self.tensors[name].shape))
+                module.register_forward_hook(fishers[name].hook)
         found = []
-        lengths = list(map(len, self.sequences))
-        for number, (state, gradient) in enumerate(zip(entered.split(lengths), gradients, strict=True)):
+        states = entered.split([len(sequence) for sequence in self.sequences])
+        for number, (state, gradient) in enumerate(zip(states, gradients, strict=True)):
             given = state.float()[None].requires_grad_()
             texts.passed(layer, number, given).backward(gradient[None])  # type: ignore[no-untyped-call]
             assert given.grad is not None
             found.append(given.grad[0])
         for name, module in projections(index, layer):
-            if name in seen:
-                self._projection(name, module.weight, seen.pop(name))
+            if name in fishers:
+                self._note(name, module.weight.numpy(), fishers.pop(name).diagonal.numpy())
         return found
-
-    @torch.no_grad()
-    def _projection(self, name: str, weight: torch.Tensor, seen: _Seen) -> None:
-        inputs, gradients = torch.cat(seen.inputs), torch.cat(seen.gradients)
-        changes = {format: torch.zeros(len(inputs)) for format in self.candidates[name]}
-        for start, stop in cuts(self.tensors[name]):
-            rows = weight[start:stop].numpy()
-            for format, change in changes.items():
-                error = self._error(name, format, start, rows)
-                change.add_(((inputs @ error.T) * gradients[:, start:stop]).sum(-1))
-        self._note(name, {format: change.square().sum().item() for format, change in changes.items()})
 
     @torch.no_grad()
     def _embedding(self, gradients: torch.Tensor) -> None:
         """The costs of looking rows up. gradients: [tokens, hidden]."""
-        tokens = torch.tensor([token for sequence in self.sequences for token in sequence])
-        changes = {format: torch.zeros(len(tokens)) for format in self.candidates[EMBEDDING]}
+        places = [(text, token) for text, sequence in enumerate(self.sequences) for token in sequence]
+        once, which = torch.tensor(places).unique(dim=0, return_inverse=True)
+        squares = torch.zeros(len(once), gradients.shape[1]).index_add_(0, which, gradients).square_()
         for start, rows in self._rows(EMBEDDING):
-            here = torch.nonzero((tokens >= start) & (tokens < start + len(rows)))[:, 0]
-            for format, change in changes.items():
-                if len(here):
-                    error = self._error(EMBEDDING, format, start, rows)[tokens[here] - start]
-                    change[here] = (error * gradients[here]).sum(-1)
-        self._note(EMBEDDING, {format: change.square().sum().item() for format, change in changes.items()})
+            here = (once[:, 1] >= start) & (once[:, 1] < start + len(rows))
+            fisher = torch.zeros(rows.shape).index_add_(0, once[here, 1] - start, squares[here])
+            self._note(EMBEDDING, rows, fisher.numpy(), start)
 
     def _head(self, states: torch.Tensor) -> list[torch.Tensor]:
         """Of each sequence, the gradients [length, hidden] of what enters the last norm; the head's costs are noted.
 
-        states: [tokens, hidden]. Of the head itself the whole of F is known: the KL divergence is half the variance of
-        the errors of logits under the predictions.
+        states: what the last layer leaves, [tokens, hidden].
         """
         states = states.requires_grad_()
         normed = norm_before_head(self.config, self._whole(LAST_NORM))(states)
         normed.backward(self._head_gradient(normed.detach()))
         assert states.grad is not None
-        return list(states.grad.split(list(map(len, self.sequences))))
+        return list(states.grad.split([len(sequence) for sequence in self.sequences]))
 
     @torch.no_grad()
     def _head_gradient(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The gradient [tokens, hidden] of the drawn labels' log-likelihood by the head's input."""
+        """The gradient [tokens, hidden] of the drawn labels' log-likelihood by the head's input. Of the head itself the
+        KL divergence is half the variance of the logits' errors under the predictions.
+        """
         logits = _Logits(len(inputs))
         for start, rows in self._pieces():
             logits.look(start, inputs @ rows.T)
@@ -172,38 +165,42 @@ class Sensitivity:
                 "The model's logits are not finite in float32, so nothing can be predicted of its quantisation; the "
                 "checkpoint is damaged, download or copy it again."
             )
-        few = torch.arange(len(inputs))[:: -(-len(inputs) // HEAD_TOKENS)]
-        name = head_of(self.tensors)
-        moments = {format: torch.zeros(2, len(few)) for format in self.candidates.get(name, ())}
-        gradient = torch.zeros_like(inputs)
+        name, squares, gradient = head_of(self.tensors), inputs.square(), torch.zeros_like(inputs)
         for start, rows in self._pieces():
             chances = (inputs @ rows.T - logits.total).exp()
             here = torch.nonzero((logits.labels >= start) & (logits.labels < start + len(rows)))[:, 0]
             gradient[here] += rows[logits.labels[here] - start]
             gradient -= chances @ rows
-            for format, moment in moments.items():
-                changed = inputs[few] @ self._error(name, format, start, rows.numpy()).T
-                moment.add_(torch.stack([(chances[few] * changed**power).sum(-1) for power in (1, 2)]))
-        scale = len(inputs) / len(few)
-        self._note(name, {format: (two - one**2).sum().item() * scale for format, (one, two) in moments.items()})
+            if name in self.candidates:
+                self._note(name, rows.numpy(), ((chances - chances.square()).T @ squares).numpy(), start)
         return gradient
 
     def _pieces(self) -> Iterator[tuple[int, torch.Tensor]]:
         """The head's rows, so many that the logits of all tokens take little memory."""
-        most = max(1, _LOGITS // self._tokens)
+        most = max(1, _LOGITS // self.tokens)
         for start, part in self._rows(head_of(self.tensors)):
             for first in range(0, len(part), most):
                 yield start + first, torch.from_numpy(part[first : first + most])
 
-    def _error(self, name: str, format: Format, start: int, rows: Float32) -> torch.Tensor:
-        stored = self.stored(self.tensors[name], format, start, start + len(rows), rows)
-        return torch.from_numpy(stored - rows)
+    def _note(self, name: str, rows: Float32, fisher: Float32, start: int = 0) -> None:
+        """Add to the costs of a matrix those of its `rows` from `start` on. fisher: like rows, F's diagonal, summed up
+        over the texts. Of a tied head and embedding costs are added up.
+        """
+        found = self.kl.setdefault(name, dict.fromkeys(self.candidates[name], 0.0))
+        step = max(1, _PIECE // rows.shape[1])
+        tensor = self.tensors[name]
 
-    def _note(self, name: str, sums: Mapping[Format, float]) -> None:
-        """Costs are added up: a tied head is the embedding too."""
-        found = self.kl.setdefault(name, {})
-        for format, total in sums.items():
-            found[format] = found.get(format, 0.0) + max(0.0, total) / 2 / self._tokens
+        def cost(work: tuple[Format, int]) -> float:
+            format, first = work
+            part = rows[first : first + step]
+            error = self.stored(tensor, format, start + first, start + first + len(part), part) - part
+            error *= error
+            return float(np.vdot(error, fisher[first : first + step]))
+
+        works = [(format, first) for format in found for first in range(0, len(rows), step)]
+        with ThreadPoolExecutor(physical_cores()) as pool:
+            for (format, _), total in zip(works, pool.map(cost, works), strict=True):
+                found[format] += total / 2 / self.tokens
 
     def _rows(self, name: str) -> Iterator[tuple[int, Float32]]:
         tensor = self.tensors[name]
@@ -211,12 +208,9 @@ class Sensitivity:
             rows = tensor.read(start, stop)
             yield start, rows
             self._passed_bytes += rows.nbytes
-            self.progress.advance(self._passed_bytes, self._all_bytes)
-
-    @property
-    def _all_bytes(self) -> int:
-        """All weights pass twice; the head's second pass and the embedding's make no difference worth counting."""
-        return 2 * float32_bytes(self.tensors)
+            # All pass twice; what head and embedding are read for besides makes no difference worth counting.
+            whole = 2 * float32_bytes(self.tensors)
+            self.progress.advance(min(self._passed_bytes, whole), whole)
 
     def _whole(self, name: str) -> torch.Tensor:
         values = np.empty(self.tensors[name].shape, np.float32)
@@ -226,17 +220,18 @@ class Sensitivity:
 
 
 @dataclass
-class _Seen:
-    """Of a projection, what entered [tokens, columns] and the gradients of what came out [tokens, rows], a sequence
-    each.
-    """
+class _Fisher:
+    """Of a projection, F's diagonal [rows, columns], summed up over texts as gradients come."""
 
-    inputs: list[torch.Tensor] = field(default_factory=list)
-    gradients: list[torch.Tensor] = field(default_factory=list)
+    diagonal: torch.Tensor
 
     def hook(self, _module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        self.inputs.append(inputs[0].detach()[0])
-        output.register_hook(lambda gradient: self.gradients.append(gradient[0]))  # type: ignore[no-untyped-call]
+        values = inputs[0].detach()[0]
+
+        def add(gradient: torch.Tensor) -> None:
+            self.diagonal.add_((gradient[0].T @ values).square_())
+
+        output.register_hook(add)  # type: ignore[no-untyped-call]
 
 
 class _Logits:
@@ -251,8 +246,9 @@ class _Logits:
         self._random = torch.Generator().manual_seed(_SEED)
 
     def look(self, start: int, logits: torch.Tensor) -> None:
+        """Take in the logits [tokens, rows] of the vocabulary's entries from `start` on."""
         self.total = torch.logaddexp(self.total, logits.logsumexp(-1, keepdim=True))
-        noise = -torch.empty_like(logits).exponential_(generator=self._random).log()
+        noise = torch.empty_like(logits).exponential_(generator=self._random).log_().neg_()
         best, label = (logits + noise).max(-1)
         better = best > self._best
         self._best[better], self.labels[better] = best[better], label[better] + start
