@@ -18,7 +18,7 @@ from .export.lora.sizes import numbers_beside
 from .export.quality_text import QualityText, quality_text
 from .export.source import Source, open_source
 from .names import BUILT_IN, GPTQ, ONNXRUNTIME, RTN, SEARCH
-from .optimize.formats import Format
+from .optimize.formats import EMBEDDING, Format
 from .optimize.overlay import ours
 from .optimize.plan import has_wide_head, head_of, is_quantised
 from .optimize.tensors import SourceTensor
@@ -94,6 +94,11 @@ def plan_build(options: BuildOptions, target: Target, progress: Progress) -> Bui
             "--adapter-mode runtime is for ONNX Runtime, while TensorRT's engines have their weights fixed: use "
             "--adapter-mode merge, or --backend onnxruntime."
         )
+    if options.adapter_mode == RUNTIME and options.cache_precision == "int8":
+        raise UsageError(
+            "--cache-precision int8 has scales of one model, while --adapter-mode runtime changes keys and values with "
+            "each adapter: use --adapter-mode merge, or leave --cache-precision out."
+        )
     source = open_source(
         options.model,
         revision=options.revision,
@@ -142,8 +147,9 @@ def _has_whole_rows(formats: Mapping[str, Format]) -> bool:
 
 def _method(options: BuildOptions, tensors: Mapping[str, SourceTensor], formats: Mapping[str, Format]) -> str | None:
     """How weights are quantised: as asked for, else the best that there is with what was given."""
-    blocks = any(ours(tensor, formats[name]) for name, tensor in tensors.items())
-    if options.method is not None and options.method != RTN and not blocks:
+    blocks = {name for name, tensor in tensors.items() if ours(tensor, formats[name])}
+    solved = blocks - ({EMBEDDING} - {head_of(tensors)})  # no text tells of rows that are looked up
+    if (options.method == GPTQ and not solved) or (options.method == SEARCH and not blocks):
         raise UsageError(
             f"--method {options.method} is for weights that are quantised to blocks of integers here, and none are: "
             "leave it out, or add --precision, such as int4."
@@ -151,7 +157,7 @@ def _method(options: BuildOptions, tensors: Mapping[str, SourceTensor], formats:
     if options.method == GPTQ and options.calibrate is None:
         raise UsageError(f"--method {GPTQ} learns from a text: add --calibrate FILE, or --calibrate {BUILT_IN}.")
     if blocks:
-        return options.method or (SEARCH if options.calibrate is None else GPTQ)
+        return options.method or (GPTQ if solved and options.calibrate is not None else SEARCH)
     rounded = any(format.quantised and not tensors[name].keeps_own(format) for name, format in formats.items())
     return RTN if rounded else None
 
@@ -179,11 +185,6 @@ def _cache_text(options: BuildOptions, found: Assessment, source: Source, contex
     """What a cache in int8 is calibrated on: the user's text, or our own."""
     if found.load.cache_dtype != "int8":
         return None
-    if options.adapter_mode == RUNTIME:
-        raise UsageError(
-            "--cache-precision int8 has scales of one model, while --adapter-mode runtime changes keys and values with "
-            "each adapter: use --adapter-mode merge, or leave --cache-precision out."
-        )
     return calibration_text(source, options.calibrate or BUILT_IN, context, CACHE_TOKENS)
 
 
