@@ -14,6 +14,7 @@ from . import __version__, dialects
 from .build_options import BuildOptions
 from .build_report import BuildReport
 from .engines import engine_record, need_builder, write_engines
+from .export.calibration_text import TOKENS
 from .export.config import model_notes, stretch_note, transformers_config
 from .export.destination import check_destination, require_space, staged
 from .export.families import FAMILIES
@@ -24,8 +25,10 @@ from .export.loss import Loss, loss_warning
 from .installed import installed_version
 from .planning import BuildPlan, plan_build
 from .progress import Progress, Silent
+from .quantised import Quantised, quantised
 from .runtime.bundle import (
     ADAPTERS,
+    QUALITY_FILE,
     AdapterRecord,
     Limits,
     Manifest,
@@ -48,9 +51,12 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from .export.prompts import Asked
+    from .export.quality_text import QualityText
     from .export.write import Placement
+    from .optimize.tensors import Float32
     from .optimize.trt.linear import InputScale
     from .runtime.proof.reference import WeightRecord
+    from .runtime.quality import Quality
 
 _TOOLS = (
     *("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy", "tokenizers", "gguf"),
@@ -91,19 +97,26 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildRepor
     need_builder(plan)
     prompts = _prompts(plan, options)
     plan, inputs = _calibrated(plan, clock, progress)
-    require_space(place.parent, plan.stored + _BESIDE_WEIGHTS)
+    require_space(place.parent, plan.stored + _BESIDE_WEIGHTS + _measuring_bytes(plan))
     for warning in (plan.context.warning, stretch_note(plan.source.config, plan.context.context)):
         if warning:
             progress.warn(warning)
-    with staged(options.output, force=options.force) as folder:
-        written = _write_model(plan, inputs, folder, clock, progress)
+    with (
+        quantised(plan, plan.source.tensors, place, clock.stage, progress) as found,
+        staged(options.output, force=options.force) as folder,
+    ):
+        written = _write_model(plan, found, inputs, folder, clock, progress)
         if written.losses:
             progress.warn(loss_warning(written.losses))
         _write_companions(plan, folder)
-        manifest = _manifest(plan)
+        manifest = _manifest(plan, found)
         if options.reference:
             clock.stage("reference", "Recording what PyTorch computes")
-            _write_references(plan, prompts, inputs, written, folder, manifest, progress)
+            _write_references(plan, found, prompts, inputs, written, folder, manifest, progress)
+        quality = None
+        if plan.quality is not None:
+            clock.stage("quality", f"Measuring what quantisation costs on {plan.quality.tokens:,} tokens")
+            quality = _write_quality(plan, found, plan.quality, written, folder, manifest, progress)
         built = None
         if manifest.engine is not None:
             clock.stage("engine", f"Making engines for {plan.target.name}")
@@ -113,35 +126,46 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildRepor
         clock.stage("seal", "Hashing the files")
         manifest = seal(folder, manifest)
     clock.stop()
-    return BuildReport(options.output, manifest, plan.context, manifest.notes, written.losses, clock.stages, built)
+    return BuildReport(
+        options.output, manifest, plan.context, manifest.notes, written.losses, clock.stages, built, quality
+    )
+
+
+def _measuring_bytes(plan: BuildPlan) -> int:
+    """What measuring quality takes on the disk, for a while: logits of all tokens."""
+    return 0 if plan.quality is None else 4 * plan.quality.tokens * plan.source.shape.vocab
 
 
 @dataclass(frozen=True)
 class _Written:
-    """What recording the reference needs of the model's files. matrices: of each adapter beside the weights."""
+    """What recording the reference needs of the model's files. matrices: of each adapter beside the weights.
+    cache_scales: of a cache in int8, by its inputs.
+    """
 
     placements: Mapping[str, Placement]
     tables: Mapping[str, npt.NDArray[np.generic]]
     matrices: Mapping[str, Sequence[WeightRecord]]
     losses: Sequence[Loss]
+    cache_scales: Mapping[str, Float32]
 
 
 def _calibrated(plan: BuildPlan, clock: _Clock, progress: Progress) -> tuple[BuildPlan, Mapping[str, InputScale]]:
     """The plan without formats that would lose too much, and the scales of what projections read, by weight; none where
     that is not quantised.
     """
-    if plan.calibration is None:
+    if plan.calibration is None or not plan.rounds_inputs:
         return plan, {}
-    clock.stage("calibrate", f"Calibrating on {plan.calibration.tokens:,} tokens of {plan.calibration.file.name}")
+    text = plan.calibration.first(TOKENS)
+    clock.stage("calibrate", f"Calibrating on {text.tokens:,} tokens of {text.name}")
     from .export.calibrate import calibrate, input_scales, settled_formats  # noqa: PLC0415
 
-    found = calibrate(plan.source, plan.calibration, plan.context.context, progress)
+    found = calibrate(plan.source, text, plan.context.context, progress)
     formats = settled_formats(found, plan.formats)
     weights = weights_of(
         plan.source.tensors, formats, plan.made.dialect, plan.made.opset, CACHE_BYTES[plan.made.activations]
     )
     left = sum(format != plan.formats[name] for name, format in formats.items())
-    notes = (*plan.source.notes, plan.calibration.note, *_left_out(left))
+    notes = (*plan.source.notes, text.note, *_left_out(left))
     source = plan.source.with_other(notes=notes)
     return replace(plan, source=source, formats=formats, stored=weights.total), input_scales(found, formats)
 
@@ -156,9 +180,15 @@ def _left_out(count: int) -> tuple[str, ...]:
 
 
 def _write_model(
-    plan: BuildPlan, inputs: Mapping[str, InputScale], folder: Path, clock: _Clock, progress: Progress
+    plan: BuildPlan,
+    found: Quantised,
+    inputs: Mapping[str, InputScale],
+    folder: Path,
+    clock: _Clock,
+    progress: Progress,
 ) -> _Written:
     """Write model.onnx, its data, and the adapters beside them."""
+    scales = _cache_scales(plan, found, clock, progress)
     clock.stage("trace", f"Tracing transformers' {FAMILIES[plan.source.shape.family].name}")
     import torch  # noqa: PLC0415 (seconds to import, and only building needs it)
 
@@ -171,15 +201,28 @@ def _write_model(
     config, context = transformers_config(plan.source.config), plan.context.context
     model = canonical(config, context=context, dtype=getattr(torch, plan.made.activations))
     clock.stage("lower", "Fusing and lowering the graph")
-    dialects.lower(model, plan, rotary_tables(config, context), inputs)
+    dialects.lower(model, plan, rotary_tables(config, context), inputs, scales)
     layout = lay_out(model)
     clock.stage("write", "Writing the weights")
-    losses = write_data(model, layout, plan.source.tensors, folder, progress, physical_cores())
+    losses = write_data(model, layout, found.tensors, folder, progress, physical_cores())
     slots, dtype = slots_of(model), plan.made.activations
     matrices = {adapter.name: write_adapter(adapter, slots, folder, dtype) for adapter in plan.beside}
-    placed, tables = placements(model, plan.source.tensors), tables_of(model, layout)
+    placed, tables = placements(model, found.tensors), tables_of(model, layout)
     refer(model, layout, folder)
-    return _Written(placed, tables, matrices, losses)
+    return _Written(placed, tables, matrices, losses, scales)
+
+
+def _cache_scales(plan: BuildPlan, found: Quantised, clock: _Clock, progress: Progress) -> Mapping[str, Float32]:
+    """Those of a cache in int8, by its inputs; none for a cache in the dtype of activations. found: the weights that
+    are written, whose values may be larger or smaller than the checkpoint's, as the product that reads them makes up.
+    """
+    if plan.cached is None:
+        return {}
+    clock.stage("cache", f"Calibrating the cache on {plan.cached.tokens:,} tokens of {plan.cached.name}")
+    from .export.cache_scales import cache_scales  # noqa: PLC0415
+
+    source = plan.source.with_other(tensors=found.tensors)
+    return cache_scales(source, plan.cached, plan.context.context, dialects.cache_head_dim(plan), progress)
 
 
 def _write_companions(plan: BuildPlan, folder: Path) -> None:
@@ -209,7 +252,7 @@ def _write_genai_config(plan: BuildPlan, folder: Path) -> None:
     (folder / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
 
 
-def _manifest(plan: BuildPlan) -> Manifest:
+def _manifest(plan: BuildPlan, found: Quantised) -> Manifest:
     source, shape, tokens = plan.source, plan.source.shape, plan.source.tokens
     return Manifest(
         model=ModelRecord(
@@ -233,7 +276,7 @@ def _manifest(plan: BuildPlan) -> Manifest:
             head_dim=dialects.cache_head_dim(plan),
             ffn=shape.ffn,
             vocab=shape.vocab,
-            cache_dtype=plan.made.activations,
+            cache_dtype=plan.cache,
         ),
         limits=Limits(plan.context.context, plan.batch, min(PREFILL_CHUNK, plan.context.context)),
         tokens=Tokens(tokens.bos, tokens.eos, tokens.pad, tokens.add_bos),
@@ -244,6 +287,7 @@ def _manifest(plan: BuildPlan) -> Manifest:
         engine=engine_record(plan.made.release),
         tools=tool_versions(),
         notes=(*plan.made.notes, *source.notes, *model_notes(source.config, plan.context.context)),
+        quantisation=found.record,
     )
 
 
@@ -277,6 +321,7 @@ def _prompts(plan: BuildPlan, options: BuildOptions) -> Sequence[Asked]:
 
 def _write_references(
     plan: BuildPlan,
+    found: Quantised,
     prompts: Sequence[Asked],
     inputs: Mapping[str, InputScale],
     written: _Written,
@@ -288,11 +333,30 @@ def _write_references(
     from .export.record import Recorder  # noqa: PLC0415
     from .runtime.proof.reference_file import save  # noqa: PLC0415
 
-    recorder = Recorder(plan.source, folder, manifest, plan.sha256, prompts, tool_versions(), progress)
-    for kind, reference in recorder.model(written.placements, written.tables, inputs).items():
+    recorder = Recorder(plan.source, found.tensors, folder, manifest, plan.sha256, prompts, tool_versions(), progress)
+    for kind, reference in recorder.model(written.placements, written.tables, inputs, written.cache_scales).items():
         save(reference, folder / reference_file(kind))
     for adapter in plan.beside:
         progress.stage(f"Recording what PyTorch computes with {adapter.name}")
         matrices = written.matrices[adapter.name]
         for kind, reference in recorder.adapter(adapter, matrices, plan.formats).items():
             save(reference, folder / reference_file(kind, adapter.name))
+
+
+def _write_quality(
+    plan: BuildPlan,
+    found: Quantised,
+    text: QualityText,
+    written: _Written,
+    folder: Path,
+    manifest: Manifest,
+    progress: Progress,
+) -> Quality:
+    """What quantisation cost."""
+    from .export.quality import OWN_CODES, Measurer  # noqa: PLC0415
+
+    dtype = plan.made.activations
+    measurer = Measurer(plan.source, found.tensors, written.placements, folder, manifest, dtype, text, progress)
+    quality = measurer.quality(plan.method or OWN_CODES)
+    (folder / QUALITY_FILE).write_text(quality.to_json(), encoding="utf-8")
+    return quality

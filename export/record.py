@@ -19,7 +19,7 @@ from ..optimize.ort.cache_int8 import NO_SCALES, scale_name
 from ..optimize.plan import column_orders
 from ..optimize.quantise import dense_format
 from ..optimize.shared.order_inputs import order_name
-from ..optimize.tensors import Float32
+from ..optimize.tensors import Float32, SourceTensor
 from ..optimize.trt.linear import NO_INPUT_SCALES, InputScale
 from ..progress import Progress
 from ..runtime.bundle import CPU_PROVIDER, GRAPH_FILE, Bundle, Manifest
@@ -46,11 +46,12 @@ _ADAPTER_PROMPTS = 2
 class Recorder:
     """Makes the references of the bundle in `folder`, whose graph and weights are there and whose manifest is not yet.
 
-    source: with adapters merged in, where they are. sha256: of the checkpoint, see `identity.model_sha256`. prompts: as
-    `prompts` encodes them. tools: versions of what computes them.
+    source: with adapters merged in, where they are; stored: the tensors that were written. sha256: of the checkpoint,
+    see `identity.model_sha256`. prompts: as `prompts` encodes them. tools: versions of what computes them.
     """
 
     source: Source
+    stored: Mapping[str, SourceTensor]
     folder: Path
     manifest: Manifest
     sha256: str
@@ -73,13 +74,13 @@ class Recorder:
         """
         source = self.source
         formats = {name: placement.format for name, placement in placements.items()}
-        sides = (Original(source.tensors), Exact(source.tensors, formats, self._scales))
+        sides = (Original(source.tensors), Exact(self.stored, formats, self._scales))
         found, computed = self._proven(sides, self.prompts, None)
         weights = tuple(
             record for name in source.tensors for record in _weights(name, source, placements[name], computed[EXACT])
         )
         config = transformers_config(source.config)
-        constants = (*_tables(tables, config, self.manifest.limits.context, cache), *_orders(source, formats))
+        constants = (*_tables(tables, config, self.manifest.limits.context, cache), *_orders(self.stored, formats))
         rounded = (InputRecord(name, one.scale, one.dtype.name.lower()) for name, one in inputs.items())
         return _with_weights(found, weights, constants, tuple(rounded))
 
@@ -90,7 +91,7 @@ class Recorder:
         the weights with what the adapter adds. matrices: what `write_adapter` recorded.
         """
         tensors = self.source.tensors
-        sides = (Original(tensors, adapter.parts), Exact(tensors, formats, self._scales, adapter.parts))
+        sides = (Original(tensors, adapter.parts), Exact(self.stored, formats, self._scales, adapter.parts))
         found, _ = self._proven(sides, without_long(self.prompts, _ADAPTER_PROMPTS), adapter.name)
         return _with_weights(found, tuple(matrices), ())
 
@@ -168,9 +169,9 @@ def _tables(
         yield WeightRecord(name, format, table.shape, 0, {"values": name}, sha256, norm)
 
 
-def _orders(source: Source, formats: Mapping[str, Format]) -> Iterator[WeightRecord]:
+def _orders(tensors: Mapping[str, SourceTensor], formats: Mapping[str, Format]) -> Iterator[WeightRecord]:
     """The orders of columns, each once."""
-    orders = column_orders(source.tensors, formats).values()
+    orders = column_orders(tensors, formats).values()
     for name, order in {order_name(order): order for order in orders}.items():
         sha256, norm = fingerprint(iter([order.astype(np.float32)]))
         yield WeightRecord(name, ORDER, order.shape, 0, {"values": name}, sha256, norm)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LlamaExportError, UsageError
-from ..names import BACKENDS, DIALECTS, MODULES, ONNXRUNTIME
+from ..names import BACKENDS, DIALECTS, MODULES, ONNXRUNTIME, RTN
 from .decode_json import decode
 from .hashing import sha256_of_all
 
@@ -164,6 +164,24 @@ class EngineRecord:
 
 
 @dataclass(frozen=True)
+class Quantisation:
+    """What chose the codes of weights. method: one of `names.METHODS`, or of a newer version's; version: of its
+    algorithm; text_sha256, tokens: of the text that codes or channel scales come from, None and 0 where they did
+    without.
+    """
+
+    method: str
+    version: int
+    text_sha256: str | None = None
+    tokens: int = 0
+
+    @property
+    def retold(self) -> bool:
+        """Whether a checkpoint and the formats alone give the same codes again, on every machine."""
+        return self.method == RTN and self.text_sha256 is None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """`manifest.json`, schema version 1. Instances are always valid: construction raises LlamaExportError otherwise.
 
@@ -171,7 +189,7 @@ class Manifest:
     providers in order, the first one is required; adapters: LoRA adapters, merged or to choose from; backend: what the
     bundle is made for, one of `names.BACKENDS`; engine: what TensorRT needs, None for ONNX Runtime; files: every file
     but the manifest, by path with forward slashes; tools: versions of what made the bundle; notes: sentences for
-    people.
+    people; quantisation: of weights, None where nothing rounded them and in bundles of old.
     """
 
     model: ModelRecord
@@ -189,6 +207,7 @@ class Manifest:
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     tools: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    quantisation: Quantisation | None = None
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
