@@ -25,6 +25,8 @@ from .export.prove import About, Proposed, prove, spread_layers
 from .export.recorded_formats import recorded_formats
 from .export.reference import Exact, Original, Side, StreamedModel
 from .export.source import Source, open_source
+from .export.stored_tensors import stored_tensors
+from .optimize.formats import FP32
 from .pipeline import build, tool_versions
 from .planning import open_adapters
 from .progress import Progress, Silent
@@ -343,6 +345,9 @@ def _side(options: ReferenceOptions, ground: _Ground) -> Side:
         return Original(tensors, added)
     manifest = ground.bundle.manifest
     stored = load_index_of_bundle(ground.bundle.path, EXACT)
+    if manifest.quantisation is not None and not manifest.quantisation.retold:
+        values = stored_tensors(ground.bundle, stored.weights, tensors)
+        return Exact(values, dict.fromkeys(values, FP32), manifest.shape.activations, added)
     formats = recorded_formats(stored.weights, manifest.backend, tensors)
     return Exact(tensors, formats, manifest.shape.activations, added)
 
@@ -355,8 +360,8 @@ def _as_stored(reference: Reference, ground: _Ground, computed: Any) -> Referenc
     for record in stored.weights if name is None else ():
         if computed[record.name][0] != record.sha256:
             raise LlamaExportError(
-                f"{record.name} of the checkpoint is not what the bundle {ground.bundle.path} says it was made of; "
-                "build the bundle again."
+                f"{record.name} is not what the bundle {ground.bundle.path} says it was made of; build the bundle "
+                "again."
             )
     index = replace(reference.index, weights=stored.weights, tables=stored.tables, inputs=stored.inputs)
     return replace(reference, index=index)

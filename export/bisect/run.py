@@ -106,6 +106,8 @@ def _weights(bundle: Bundle, index: Index | None, source: Source | None) -> Weig
     records = None if index is None else index.weights
     if source is not None:
         _refuse_another(bundle, source)
+        if records is not None and not _retold(bundle):
+            return StoredWeights(bundle, records)
         return source_weights(bundle, source.tensors, records, source.model_id)
     if records is None:
         raise LlamaExportError(
@@ -113,6 +115,12 @@ def _weights(bundle: Bundle, index: Index | None, source: Source | None) -> Weig
             "build the bundle again without --no-reference."
         )
     return StoredWeights(bundle, records)
+
+
+def _retold(bundle: Bundle) -> bool:
+    """Whether a checkpoint and the bundle's formats tell the stored codes."""
+    quantisation = bundle.manifest.quantisation
+    return quantisation is None or quantisation.retold
 
 
 def _refuse_another(bundle: Bundle, source: Source) -> None:
@@ -147,5 +155,10 @@ def _notes(bundle: Bundle, index: Index | None) -> Iterator[str]:
         yield "The graph rounds activations to 8 bits, which is left out here."
     if manifest.choices:
         yield "Without any of its adapters."
+    if index is not None and manifest.quantisation is not None and not _retold(bundle):
+        yield (
+            "PyTorch computed with the weights as the bundle stores them: what "
+            f"{manifest.quantisation.method} chose is not in a checkpoint."
+        )
     if index is None:
         yield "Without a reference in the bundle, the stored weights were not compared."

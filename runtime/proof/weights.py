@@ -85,13 +85,14 @@ class StoredTensors:
         """Raises LlamaExportError as `weight_places` does."""
         self._data, self._initializers = bundle.path / DATA_FILE, weight_places(bundle, read_graph(bundle))
 
-    def rows(self, record: WeightRecord) -> Iterator[Float32]:
-        """Its rows, a few at a time: [n, columns], columns in their natural order; a vector as one column.
+    def rows(self, record: WeightRecord, start: int = 0, stop: int | None = None) -> Iterator[Float32]:
+        """Its rows [start, stop), by default all, a few at a time: [n, columns], columns in their natural order; a
+        vector as one column.
 
         Raises LlamaExportError when the bundle does not store the tensor as the record says.
         """
         with _readable(record), FileIO(self._data) as file:  # of its own, as threads would move each other's place
-            yield from _rows(record, self._initializers, file)
+            yield from _rows(record, self._initializers, file, start, stop)
 
 
 def compare_matrices(
@@ -150,15 +151,22 @@ def _readable(record: WeightRecord) -> Iterator[None]:
         ) from error
 
 
-def _rows(record: WeightRecord, initializers: Mapping[str, Initializer], file: FileIO) -> Iterator[Float32]:
+def _rows(
+    record: WeightRecord,
+    initializers: Mapping[str, Initializer],
+    file: FileIO,
+    begin: int = 0,
+    end: int | None = None,
+) -> Iterator[Float32]:
     """The record's tensor, dequantised, columns in their natural order, a few rows at a time: [n, columns]."""
     places, columns = _places(record, initializers), math.prod(record.shape[1:])
     decode, block = _decoder(record.format)
     order, scale = _order(record, initializers, file), _global(record, initializers, file)
     step = max(1, _STEP_VALUES // columns)
     together = max(step, _PANEL // columns // 64 * 64) if record.transposed else step
-    for first in range(0, record.shape[0], together):
-        last = min(record.shape[0], first + together)
+    end = record.shape[0] if end is None else end
+    for first in range(begin, end, together):
+        last = min(end, first + together)
         panel = {role: place.read(record.row + first, record.row + last, file) for role, place in places.items()}
         for start in range(0, last - first, step):
             parts = {role: numbers[start : start + step] for role, numbers in panel.items()}
