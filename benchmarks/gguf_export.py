@@ -1,9 +1,10 @@
-"""Writes a Hugging Face folder as a Q4_0 GGUF file, so that llama.cpp runs the same weights in the same 4 bits.
+"""Writes a Hugging Face folder as a GGUF file, so that llama.cpp runs the same weights.
 
-    python benchmarks/gguf_export.py FOLDER FILE
+    python benchmarks/gguf_export.py FOLDER FILE [--type Q4_0|F16|F32]
 
-Every matrix is Q4_0 (blocks of 32, one fp16 scale), embedding and head too, as in our int4 bundles; norms are fp32. The
-weights go through in pieces of rows. The tokenizer is good enough to load and to decode: the benchmarks feed token ids,
+Every matrix is of one type, embedding and head too: by default Q4_0 (blocks of 32, one fp16 scale), the 4 bits of our
+symmetric int4 bundles; F32 is what llama.cpp quantises further. Norms are fp32. The weights go through in pieces of
+rows. The tokenizer is good enough to load and to decode: the benchmarks feed token ids,
 so the splitting of text is left at GPT-2's. Needs llama-export with its `build` extra.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,14 @@ from llama_export.export.safetensors_file import open_safetensors, plain_tensor
 from llama_export.optimize.tensors import Float32, SourceTensor, UInt8
 from numpy.typing import NDArray
 
-Q4_0 = gguf.GGMLQuantizationType.Q4_0
+Type = gguf.GGMLQuantizationType
+Q4_0 = Type.Q4_0
+FILE_TYPES: Mapping[str, tuple[gguf.GGMLQuantizationType, gguf.LlamaFileType]] = {
+    "Q4_0": (Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
+    "F16": (Type.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "F32": (Type.F32, gguf.LlamaFileType.ALL_F32),
+}
+"""Of the matrices, and of a file of such."""
 CHUNK_BYTES = 32 << 20
 
 
@@ -41,17 +50,23 @@ def row_order(name: str, shape: ModelShape) -> NDArray[np.int64] | None:
     return None if count is None else interleaved_rows(count, shape.head_dim)
 
 
-def quantised(tensor: SourceTensor, order: NDArray[np.int64] | None) -> UInt8:
-    """The Q4_0 bytes [rows, bytes per row] of a matrix, its rows in `order`."""
+def row_bytes(columns: int, kind: gguf.GGMLQuantizationType) -> int:
+    """The bytes of a row in GGUF's type `kind`."""
+    values, size = gguf.GGML_QUANT_SIZES[kind]
+    return int(columns // values * size)
+
+
+def stored(tensor: SourceTensor, order: NDArray[np.int64] | None, kind: gguf.GGMLQuantizationType) -> UInt8:
+    """The bytes [rows, bytes per row] of a matrix in `kind`, its rows in `order`."""
     rows, columns = tensor.shape
-    out = np.empty((rows, columns // 32 * 18), np.uint8)
+    out = np.empty((rows, row_bytes(columns, kind)), np.uint8)
     step = max(1, CHUNK_BYTES // (4 * columns))
     if order is not None:
-        out[:] = gguf.quants.quantize(tensor.read(0, rows)[order], Q4_0)
+        out[:] = gguf.quants.quantize(tensor.read(0, rows)[order], kind).view(np.uint8)
         return out
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        out[start:stop] = gguf.quants.quantize(tensor.read(start, stop), Q4_0)
+        out[start:stop] = gguf.quants.quantize(tensor.read(start, stop), kind).view(np.uint8)
     return out
 
 
@@ -74,8 +89,10 @@ def rope_theta(config: dict[str, Any]) -> float:
     return float((config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta", 10000.0))
 
 
-def add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], shape: ModelShape) -> None:
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
+def add_metadata(
+    writer: gguf.GGUFWriter, config: dict[str, Any], shape: ModelShape, file_type: gguf.LlamaFileType
+) -> None:
+    writer.add_file_type(file_type)
     writer.add_vocab_size(shape.vocab)
     writer.add_context_length(shape.max_positions)
     writer.add_embedding_length(shape.hidden)
@@ -109,25 +126,28 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: dict[str, Any], config: di
     writer.add_eos_token_id(ends[0] if isinstance(ends, list) else ends)
 
 
-def write_gguf(folder: Path, path: Path) -> None:
-    """Write the checkpoint in `folder` to the GGUF file `path`.
+def write_gguf(folder: Path, path: Path, type_name: str = "Q4_0") -> None:
+    """Write the checkpoint in `folder` to the GGUF file `path`, its matrices of the type `type_name`.
 
     Raises LlamaExportError for a checkpoint that cannot be read or whose rows do not divide into blocks.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    shape = check_config(config)
+    shape, (kind, file_type) = check_config(config), FILE_TYPES[type_name]
     tensors = check_tensors(config, {name: plain_tensor(tensor) for name, tensor in open_safetensors(folder).items()})
-    if odd := next((t.name for t in tensors.values() if len(t.shape) == 2 and t.shape[1] % 32), None):
-        raise LlamaExportError(f"The rows of {odd} do not divide into Q4_0's blocks of 32; take another checkpoint.")
+    block = gguf.GGML_QUANT_SIZES[kind][0]
+    if odd := next((t.name for t in tensors.values() if len(t.shape) == 2 and t.shape[1] % block), None):
+        raise LlamaExportError(
+            f"The rows of {odd} do not divide into {type_name}'s blocks of {block}; take another type."
+        )
     writer = gguf.GGUFWriter(path, "llama")
-    add_metadata(writer, config, shape)
+    add_metadata(writer, config, shape, file_type)
     add_tokenizer(writer, json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")), config, shape.vocab)
     for name, tensor in tensors.items():
         if len(tensor.shape) == 1:
             writer.add_tensor_info(gguf_name(name), tensor.shape, np.dtype(np.float32), 4 * tensor.shape[0])
         else:
-            size = (tensor.shape[0], tensor.shape[1] // 32 * 18)
-            writer.add_tensor_info(gguf_name(name), size, np.dtype(np.uint8), size[0] * size[1], raw_dtype=Q4_0)
+            size = (tensor.shape[0], row_bytes(tensor.shape[1], kind))
+            writer.add_tensor_info(gguf_name(name), size, np.dtype(np.uint8), size[0] * size[1], raw_dtype=kind)
     factors = rope_factors(config, shape.head_dim)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
@@ -135,10 +155,10 @@ def write_gguf(folder: Path, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, tensor in tensors.items():
-        values = (
-            tensor.read(0, tensor.shape[0]) if len(tensor.shape) == 1 else quantised(tensor, row_order(name, shape))
+        whole = len(tensor.shape) == 1
+        writer.write_tensor_data(
+            tensor.read(0, tensor.shape[0]) if whole else stored(tensor, row_order(name, shape), kind)
         )
-        writer.write_tensor_data(values)
     if factors is not None:
         writer.write_tensor_data(factors)
     writer.close()
@@ -148,10 +168,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("file", type=Path)
+    parser.add_argument("--type", choices=FILE_TYPES, default="Q4_0")
     arguments = parser.parse_args()
     partial = arguments.file.with_name(arguments.file.name + ".partial")
     try:
-        write_gguf(arguments.folder, partial)
+        write_gguf(arguments.folder, partial, arguments.type)
         partial.rename(arguments.file)
     except (LlamaExportError, OSError) as error:
         partial.unlink(missing_ok=True)
