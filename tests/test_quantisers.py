@@ -10,7 +10,7 @@ import torch
 from llama_export.optimize.equivalence import Seam
 from llama_export.optimize.formats import BLOCKS, Format, int_format
 from llama_export.optimize.quantise import dequantise, quantise
-from llama_export.optimize.quantisers.equalise import equalised
+from llama_export.optimize.quantisers.equalise import Sizes, column_sizes, equalised, read_sizes
 from llama_export.optimize.quantisers.gptq import correction, gptq, inputs_of
 from llama_export.optimize.quantisers.search import search
 from llama_export.optimize.tensors import Blocks, Float32
@@ -163,20 +163,39 @@ def test_the_correction_makes_up_for_wrong_inputs() -> None:
     assert torch.allclose(correction(hessian, hessian), torch.eye(48), atol=1e-3), "right inputs ask for no correction"
 
 
+def sizes_after(seam: Seam, weights: dict[str, torch.Tensor], read: torch.Tensor, factors: Float32) -> Sizes:
+    columns = torch.from_numpy(seam.columns(factors))
+    moved = {name: weight * columns for name, weight in weights.items()}
+    return Sizes(column_sizes(seam, moved), read_sizes(seam, (read / columns).square().mean(0)))
+
+
 @pytest.mark.parametrize("times", [1, 3])
-def test_equalised_columns_are_alike(times: int) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_equalised_columns_are_alike(times: int, bits: int) -> None:
     seam = Seam(("v",), ("o", "p"), 8, 4, times)
     weights = {"o": torch.from_numpy(matrix(20, 8 * times)), "p": torch.from_numpy(matrix(9, 8 * times, 4))}
-    weights["o"][:, 2] = weights["p"][:, 2] = 0
-    factors = equalised(seam, weights)
+    read = inputs(8 * times)
+    unused = [2 + 4 * time for time in range(times)]
+    for weight in weights.values():
+        weight[:, unused] = 0
+    sizes = Sizes(column_sizes(seam, weights), read_sizes(seam, read.square().mean(0)))
+    factors = equalised(sizes, [int_format(8), int_format(bits)])
     assert factors.shape == (8,)
-    assert np.isfinite(factors).all() and (factors > 0).all()
-    both = np.concatenate([part.numpy() * seam.columns(factors) for part in weights.values()])
-    sizes = np.sqrt((both.reshape(29, 2, times, 4) ** 2).sum((0, 2))).reshape(-1)
-    used = sizes > 0
-    assert np.allclose(sizes[used], sizes[used].mean(), rtol=1e-4)
-    if times == 1:
-        assert factors[2] == 1
+    assert np.isfinite(factors).all()
+    assert (factors > 0).all()
+    assert factors[2] == 1
+    assert np.log(factors).mean() == pytest.approx(0, abs=1e-5)
+    after = sizes_after(seam, weights, read, factors)
+    used = sizes.columns > 0
+    alike = after.columns if bits == 4 else after.columns / after.read
+    assert torch.allclose(alike[used], alike[used].mean(), rtol=1e-4)
+
+
+def test_channels_are_moved_only_so_far() -> None:
+    sizes = Sizes(torch.tensor([1e-9, 1.0, 1.0, 1e9], dtype=torch.float64), torch.ones(4, dtype=torch.float64))
+    factors = equalised(sizes, [int_format(4)])
+    assert factors.max() / factors.min() <= 2.0**20
+    assert (equalised(Sizes(torch.zeros(4), torch.zeros(4)), [int_format(4)]) == 1).all()
 
 
 def test_blocks_of_every_size() -> None:

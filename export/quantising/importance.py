@@ -17,7 +17,7 @@ import torch
 from ...optimize.equivalence import Factors, Seam, factors_of, seams_of
 from ...optimize.formats import Format
 from ...optimize.plan import head_of
-from ...optimize.quantisers.equalise import equalised
+from ...optimize.quantisers.equalise import Sizes, column_sizes, equalised, read_sizes
 from ...optimize.tensors import Float32, SourceTensor
 from ...progress import Progress
 from ..config import transformers_config
@@ -96,20 +96,27 @@ def known(
     Raises LlamaExportError where an input is not finite.
     """
     watched, total = _Watched(source.tensors), float32_bytes(source.tensors)
-    scales: dict[Seam, Float32] = {}
+    sizes: dict[Seam, torch.Tensor] = {}
     model = Layerwise(transformers_config(source.config), source.tensors, context, watched.parts)
 
     def begin(index: int, layer: torch.nn.Module) -> None:
         progress.advance(watched.passed_bytes, total)
         if scaling and movable(source.tensors, formats, index):
             values = {layer_name(index, name): value.detach() for name, value in layer.named_parameters()}
-            scales.update({seam: equalised(seam, values) for seam in seams_of(source.tensors, source.shape, index)})
+            sizes.update({seam: column_sizes(seam, values) for seam in seams_of(source.tensors, source.shape, index)})
         watched.watch(index, layer)
 
     hidden = model.decoded(random_tokens(source, context), begin)
     normed = model.normed(torch.cat([state[0] for state in hidden]))
     watched.add(head_of(source.tensors), normed, torch.ones(len(normed)))
     progress.advance(total, total)
+    scales = {
+        seam: equalised(
+            Sizes(columns, read_sizes(seam, watched.sums[seam.consumers[0]])),
+            [formats[name] for name in seam.consumers],
+        )
+        for seam, columns in sizes.items()
+    }
     moved = factors_of(scales)
     return Known(scales, {name: _relative(sums, moved.get(name)) for name, sums in watched.sums.items()})
 

@@ -8,7 +8,7 @@ import torch
 
 from ...optimize.equivalence import Seam
 from ...optimize.formats import Format
-from ...optimize.quantisers.equalise import equalised
+from ...optimize.quantisers.equalise import Sizes, column_sizes, equalised, read_sizes
 from ...optimize.quantisers.gptq import CORRECTION, DAMPING, ROUNDS, correction, gptq, inputs_of
 from ...optimize.quantisers.search import search
 from ...optimize.tensors import Blocks, Float32
@@ -31,7 +31,12 @@ def _equalised(
     inputs: Mapping[str, Channels],
     formats: Mapping[str, Format],
 ) -> dict[Seam, Float32]:
-    return {seam: equalised(seam, weights) for seam in seams}
+    found = {}
+    for seam in seams:
+        first, formats_of_seam = inputs[seam.consumers[0]], [formats[name] for name in seam.consumers]
+        sizes = Sizes(column_sizes(seam, weights).cpu(), read_sizes(seam, first.mean_square))
+        found[seam] = equalised(sizes, formats_of_seam)
+    return found
 
 
 GPTQ = Method(
