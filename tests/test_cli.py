@@ -97,6 +97,7 @@ def test_build_passes_its_options_on(builds: list[Any]) -> None:
         *("--revision", "r", "--token", "t", "--cache-dir", "c", "--no-reference", "--force"),
         *("--head-precision", "fp16", "--adapter", "a", "--adapter", "b:0.5", "--adapter-mode", "runtime"),
         *("--any-base", "--jetpack", "6.1", "--backend", "tensorrt", "--calibrate", "text", "--prompts", "asked"),
+        *("--method", "search", "--cache-precision", "int8", "--no-quality", "--quality-text", "windows"),
     )
     assert result.exit_code == 0
     assert vars(builds[0]) == {
@@ -104,6 +105,7 @@ def test_build_passes_its_options_on(builds: list[Any]) -> None:
         **{"revision": "r", "token": "t", "cache_dir": Path("c"), "reference": False, "force": True},
         **{"head_precision": "fp16", "adapters": ("a", "b:0.5"), "adapter_mode": "runtime", "any_base": True},
         **{"jetpack": "6.1", "backend": "tensorrt", "calibrate": Path("text"), "prompts": Path("asked")},
+        **{"method": "search", "cache_precision": "int8", "quality": False, "quality_text": Path("windows")},
     }
 
 
@@ -114,7 +116,29 @@ def test_build_leaves_open_what_was_not_said(builds: list[Any]) -> None:
         **{"revision": None, "token": None, "cache_dir": None, "reference": True, "force": False},
         **{"head_precision": None, "adapters": (), "adapter_mode": "merge", "any_base": False},
         **{"jetpack": None, "backend": None, "calibrate": None, "prompts": None},
+        **{"method": None, "cache_precision": None, "quality": True, "quality_text": None},
     }
+
+
+@pytest.mark.parametrize(("word", "text"), [("built-in", "built-in"), ("./built-in", Path("built-in"))])
+def test_the_text_may_be_our_own(builds: list[Any], word: str, text: object) -> None:
+    call("build", "-m", "m", "-t", "cpu", "-o", "out", "--precision", "int4-b64-zeros", "--calibrate", word)
+    assert (builds[0].calibrate, builds[0].precision) == (text, "int4-b64-zeros")
+
+
+def test_a_budget_may_choose_the_weights_but_not_those_of_the_head_alone(builds: list[Any]) -> None:
+    call("build", "-m", "m", "-t", "cpu", "-o", "out", "--precision", "auto")
+    assert builds[0].precision == "auto"
+    result = call("build", "-m", "m", "-t", "cpu", "-o", "out", "--head-precision", "auto")
+    assert (result.exit_code, len(builds)) == (2, 1)
+
+
+def test_a_name_that_is_no_scheme_is_refused_with_families_and_the_nearest() -> None:
+    result = call("build", "-m", "m", "-t", "cpu", "-o", "out", "--precision", "int4-b46")
+    assert result.exit_code == 2
+    for part in ("'int4-b46' is none", "w8a8, auto, or int4-bN", "N = 16, 32, 64, 128, 256", "Did you mean 'int4-b64'?"):
+        assert part in result.stderr
+    assert len(result.stderr) < 700
 
 
 def test_a_configured_folder_needs_only_the_target(builds: list[Any]) -> None:

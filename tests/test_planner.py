@@ -96,11 +96,11 @@ def test_a_precision_that_was_asked_for_stays() -> None:
 
 
 def test_a_precision_that_the_target_lacks_is_refused_with_those_that_it_has() -> None:
-    with pytest.raises(UsageError, match=r"jetson-orin.*has fp16, int8 and int4 weights, not fp8"):
+    with pytest.raises(UsageError, match=r"jetson-orin.*has fp16, int8, int4 and w8a8 weights, not fp8"):
         plan("llama-3.2-1b", "jetson-orin", precision="fp8")
-    with pytest.raises(UsageError, match="int5"):
+    with pytest.raises(UsageError, match=r"Unknown precision 'int5'; .*Did you mean 'int"):
         plan("llama-3.2-1b", "rtx-4090", precision="int5")
-    with pytest.raises(UsageError, match=r"jetson-orin.*has fp16, int8 and int4 weights, not nvfp4"):
+    with pytest.raises(UsageError, match=r"jetson-orin.*has fp16, int8, int4 and w8a8 weights, not nvfp4"):
         plan("llama-3.2-1b", "jetson-orin", head_precision="nvfp4")
 
 

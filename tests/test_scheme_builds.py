@@ -23,7 +23,6 @@ from support.hf_models import write_llama_folder
 
 UP, HEAD = "model.layers.1.mlp.up_proj.weight", "lm_head.weight"
 ORIN_7 = {"target": "jetson-orin", "jetpack": "7.2"}
-CUDA = {"target": "rtx-4090", "backend": "onnxruntime"}
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +55,6 @@ def made(tmp_path: Path, **changes: Any) -> tuple[BuildReport, dict[str, str]]:
         ({"precision": "int8-b16-zeros", "ffn": 77, "method": "rtn"}, "int8-b16-zeros-f16"),
         ({"precision": "int4-b256", "tied": True, "method": "rtn"}, "int4-b256-f16"),
         ({"precision": "w8a8"}, "int8-f16"),
-        ({"precision": "int4-b64-zeros", **CUDA}, "int4-b64-zeros"),
         ({"precision": "int4-b64", "target": "jetson-orin"}, "int4-b64"),
         ({"precision": "w8a8", "calibrate": BUILT_IN, "target": "jetson-orin"}, "int8-row"),
         ({"precision": "int4-b16", **ORIN_7}, "int4-b16"),
@@ -98,6 +96,12 @@ def test_the_method_is_the_best_that_there_is(
     found = 0 if plan.calibration is None else plan.calibration.tokens
     assert (plan.method, plan.rounds_inputs) == (method, rounds)
     assert tokens * 0.9 <= found <= tokens
+
+
+def test_scales_are_float16_anyway_where_activations_are(tmp_path: Path) -> None:
+    plan = planned(tmp_path, precision="int4-b64-zeros", target="rtx-4090", backend="onnxruntime")
+    assert {plan.formats[name].name for name in (UP, HEAD)} == {"int4-b64-zeros"}
+    assert plan.formats["model.embed_tokens.weight"].name == "int8"
 
 
 def test_w8a8_on_a_cpu_is_told_to_be_int8(tmp_path: Path) -> None:
