@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..errors import LlamaExportError, UsageError
-from ..names import CACHE_PRECISIONS, ONNXRUNTIME, ORT, PRODUCTS, TENSORRT, TRT, TRT_PRIMITIVE
+from ..names import CACHE_PRECISIONS, ONNXRUNTIME, ORT, TENSORRT, TRT, TRT_PRIMITIVE
 from ..optimize import policy
 from ..optimize.policy import Policy
 from ..optimize.requirements import CACHE_MINIMUM_ONNXRUNTIME
@@ -21,11 +21,12 @@ DEVICE_PYTHON = (3, 10)
 
 _INT8_CACHE_PYTHON = (3, 11)
 """The oldest Python for which there is an onnxruntime with a cache in int8: for 3.10 the newest is 1.23.2."""
-_NO_INT8 = {
-    TRT: "its TensorScatter takes no INT8 and the graph that does without copies the whole cache for each token",
-    TRT_PRIMITIVE: "its graph would widen the whole cache for each token, which reads and writes more than it saves",
+_NO_ROUNDED = {
+    TRT: "its TensorScatter takes neither INT8 nor FP8, and an engine that does without copies and widens all of it for "
+    "each token",
+    TRT_PRIMITIVE: "its products read float16, to which an engine would widen all of it for each token",
 }
-_NO_FP8 = "no release of it has been found to run attention on a cache in FP8"
+"""Why a dialect has no rounded cache; docs/cache.md has what was measured."""
 
 ORT_OPSET = 21
 
@@ -115,19 +116,21 @@ def cache_dtype(target: Target, made: Made, precision: str | None) -> str:
     asked = precision or made.caches[0]
     if asked in made.caches:
         return CACHE_PRECISIONS[asked]
-    reasons = {"fp8": _NO_FP8, "int8": _no_int8(target, made)}
-    why = f", since {reasons[asked]}" if asked in reasons else ""
+    why = _no_rounded(target, made, asked) if asked in ("int8", "fp8") else ""
     raise UsageError(
-        f"{_with_release(target)} has no cache in {asked}{why}: choose {listed(made.caches, 'or')}, or leave "
-        "--cache-precision out."
+        f"{_with_release(target)} has no cache in {asked}{f', since {why}' if why else ''}: choose "
+        f"{listed(made.caches, 'or')}, or leave --cache-precision out."
     )
 
 
-def _no_int8(target: Target, made: Made) -> str:
-    if made.dialect in _NO_INT8:
-        return _NO_INT8[made.dialect]
+def _no_rounded(target: Target, made: Made, asked: str) -> str:
+    """Why there is no cache in 8 bits."""
+    if made.dialect in _NO_ROUNDED:
+        return _NO_ROUNDED[made.dialect]
     if not made.on_cpu:
         return "no such cache has been run on a GPU by us, and the CPU's kernel proves little of CUDA's"
+    if asked == "fp8":
+        return "ONNX Runtime has no kernel for it on CPUs"
     return (
         f"it takes ONNX Runtime {CACHE_MINIMUM_ONNXRUNTIME}, and there is none so new for the Python of JetPack "
         f"{target.jetpack}"
