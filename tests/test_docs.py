@@ -28,6 +28,7 @@ from llama_export.runtime.generate import Result
 from llama_export.runtime.proof.gates import FIGURES, all_limits
 from llama_export.runtime.proof.gates import Limits as GateLimits
 from llama_export.runtime.proof.reference import Index, Logits, Prompt, WeightRecord
+from llama_export.runtime.quality import End, EndFigures, Interval, Matrix, MeasuredText, Prediction, Quality
 from llama_export.settings import FILE_NAME
 from llama_export.targets.devices import load_target
 from support.tiny_bundle import random_llama, write_bundle
@@ -285,6 +286,18 @@ def test_every_key_of_a_reference_is_explained() -> None:
     text = BUNDLE.read_text(encoding="utf-8")
     names = {field.name for kind in (Index, Prompt, WeightRecord, Logits) for field in dataclasses.fields(kind)}
     assert {name for name in names if f"`{name}`" not in text} == set()
+
+
+def test_every_key_of_a_quality_report_is_explained() -> None:
+    told = {
+        name.removeprefix("end.").removeprefix("text.").lstrip(".")
+        for table in ("key of the quality", "figure of `end.weights` and `end.shipped`")
+        for row in rows_of(BUNDLE, table)
+        for name in re.findall(r"`([\w.]+)`", " ".join(row))
+    }
+    parts = (Quality, MeasuredText, End, EndFigures, Interval, Matrix, Prediction)
+    names = {field.name for kind in parts for field in dataclasses.fields(kind)}
+    assert names - told == {"text", "end"}, "these two are what others begin with"
 
 
 def test_every_pass_is_described() -> None:
