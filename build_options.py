@@ -19,7 +19,7 @@ class BuildOptions:
     jetpack: of a Jetson; backend: of those that the target has. calibrate: the text to calibrate on, a file or
     "built-in"; method: by which weights are quantised, one of `names.METHODS`. prompts: a file of those that the
     reference records, None for the built-in ones. quality: measure what quantisation cost; quality_text: on which text,
-    None for the built-in one.
+    None for the built-in one. budget, max_kl: what `precision` "auto" is to meet, see `limits.Limits`.
     """
 
     model: str
@@ -45,3 +45,5 @@ class BuildOptions:
     cache_precision: str | None = None
     quality: bool = True
     quality_text: Path | None = None
+    budget: str | None = None
+    max_kl: float | None = None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .export.loss import Loss
+from .limits import Allocation
 from .runtime.bundle import AdapterRecord, Manifest
 from .runtime.quality import Quality
 from .tables import size
@@ -20,7 +21,7 @@ from .targets.engine_process import Built
 class BuildReport:
     """What was made. losses: of tensors that came quantised and could not be kept as they are; stages: seconds by
     stage; engine: what building one took, None where none was built; quality: what quantisation cost, None where that
-    was not measured.
+    was not measured; allocation: what `--precision auto` chose, None for any other.
     """
 
     output: Path
@@ -31,6 +32,7 @@ class BuildReport:
     stages: Mapping[str, float]
     engine: Built | None = None
     quality: Quality | None = None
+    allocation: Allocation | None = None
 
     @property
     def bytes(self) -> int:
@@ -46,10 +48,16 @@ class BuildReport:
             self.context.reason,
             *(_engine_lines(self.engine)),
             *(() if self.quality is None else (self.quality.told,)),
+            *self._prediction_lines(),
             *self.notes,
             f"Licence: {manifest.model.licence_told.rstrip('.')}.",
             *manifest.model.duties,
         ]
+
+    def _prediction_lines(self) -> list[str]:
+        if self.allocation is None or self.quality is None:
+            return []
+        return [self.allocation.checked(self.quality.end.weights.kl.value)]
 
     def to_json(self) -> dict[str, Any]:
         """The report for programs."""
@@ -62,6 +70,7 @@ class BuildReport:
             "notes": list(self.notes),
             "engine": None if self.engine is None else asdict(self.engine),
             "quality": None if self.quality is None else json.loads(self.quality.to_json()),
+            "allocation": None if self.allocation is None else self.allocation.to_json(),
             "losses": [{**asdict(loss), "relative": loss.relative} for loss in self.losses],
             "manifest": json.loads(self.manifest.to_json()),
         }

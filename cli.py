@@ -49,6 +49,14 @@ def main() -> None:
     help="Of the weights; default: the target's, or the checkpoint's own where it comes quantised.",
 )
 @click.option(
+    "--budget", metavar="SIZE", help="With --precision auto: most bytes of model.onnx and its data, such as 900MB."
+)
+@click.option(
+    "--max-kl",
+    type=float,
+    help="With --precision auto: most that quantisation may cost, in nats a token, such as 0.02.",
+)
+@click.option(
     "--head-precision",
     type=Precision(),
     help="Of the output head alone (and of the embedding where they are one); default: as the others.",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__, dialects
+from .allocating import chosen
 from .build_options import BuildOptions
 from .build_report import BuildReport
 from .engines import engine_record, need_builder, write_engines
@@ -23,11 +24,14 @@ from .export.licences import duties, folder_licence, legal_files, legal_texts
 from .export.lora.peft_folder import WEIGHTS, Adapter
 from .export.loss import Loss, loss_warning
 from .installed import installed_version
+from .limits import limits_of
 from .planning import BuildPlan, plan_build
 from .progress import Progress, Silent
 from .quantised import Quantised, quantised
 from .runtime.bundle import (
     ADAPTERS,
+    DATA_FILE,
+    GRAPH_FILE,
     QUALITY_FILE,
     AdapterRecord,
     Limits,
@@ -53,7 +57,7 @@ if TYPE_CHECKING:
     from .export.prompts import Asked
     from .export.quality_text import QualityText
     from .export.write import Placement
-    from .optimize.tensors import Float32
+    from .optimize.tensors import Float32, SourceTensor
     from .optimize.trt.linear import InputScale
     from .runtime.proof.reference import WeightRecord
     from .runtime.quality import Quality
@@ -80,7 +84,9 @@ class _Clock:
 
     def stop(self) -> None:
         if self._name:
-            self.stages[self._name] = time.perf_counter() - self._began
+            took = time.perf_counter() - self._began
+            self.stages[self._name] = self.stages.get(self._name, 0.0) + took
+            self._name = ""
 
 
 def build(options: BuildOptions, progress: Progress | None = None) -> BuildReport:
@@ -96,27 +102,41 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildRepor
     plan = plan_build(options, target, progress)
     need_builder(plan)
     prompts = _prompts(plan, options)
-    plan, inputs = _calibrated(plan, clock, progress)
+    limits = limits_of(options)
+    if limits is None:
+        return _made(plan, options, prompts, place, clock, progress)
+    with chosen(plan, options, limits, place, clock.stage, progress) as rounds:
+        return rounds.first_that_holds(lambda plan: _made(plan, options, prompts, place, clock, progress))
+
+
+def _made(
+    plan: BuildPlan, options: BuildOptions, prompts: Sequence[Asked], place: Path, clock: _Clock, progress: Progress
+) -> BuildReport:
+    """Make the bundle that is planned. Raises AboveLimitError where it costs more than was asked for."""
+    plan, tensors, inputs = _calibrated(plan, clock, progress)
     require_space(place.parent, plan.stored + _BESIDE_WEIGHTS + _measuring_bytes(plan))
     for warning in (plan.context.warning, stretch_note(plan.source.config, plan.context.context)):
         if warning:
             progress.warn(warning)
     with (
-        quantised(plan, plan.source.tensors, place, clock.stage, progress) as found,
+        quantised(plan, tensors, place, clock.stage, progress) as found,
         staged(options.output, force=options.force) as folder,
     ):
         written = _write_model(plan, found, inputs, folder, clock, progress)
         if written.losses:
             progress.warn(loss_warning(written.losses))
+        if plan.allocation is not None:
+            plan.allocation.check_bytes(sum((folder / name).stat().st_size for name in (GRAPH_FILE, DATA_FILE)))
         _write_companions(plan, folder)
-        manifest = _manifest(plan, found)
-        if options.reference:
-            clock.stage("reference", "Recording what PyTorch computes")
-            _write_references(plan, found, prompts, inputs, written, folder, manifest, progress)
-        quality = None
+        manifest, quality = _manifest(plan, found), None
         if plan.quality is not None:
             clock.stage("quality", f"Measuring what quantisation costs on {plan.quality.tokens:,} tokens")
             quality = _write_quality(plan, found, plan.quality, written, folder, manifest, progress)
+            if plan.allocation is not None:
+                plan.allocation.check_kl(quality.end.weights.kl.value)
+        if options.reference:
+            clock.stage("reference", "Recording what PyTorch computes")
+            _write_references(plan, found, prompts, inputs, written, folder, manifest, progress)
         built = None
         if manifest.engine is not None:
             clock.stage("engine", f"Making engines for {plan.target.name}")
@@ -127,7 +147,8 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildRepor
         manifest = seal(folder, manifest)
     clock.stop()
     return BuildReport(
-        options.output, manifest, plan.context, manifest.notes, written.losses, clock.stages, built, quality
+        *(options.output, manifest, plan.context, manifest.notes, written.losses, clock.stages),
+        *(built, quality, plan.allocation),
     )
 
 
@@ -149,17 +170,20 @@ class _Written:
     cache_scales: Mapping[str, Float32]
 
 
-def _calibrated(plan: BuildPlan, clock: _Clock, progress: Progress) -> tuple[BuildPlan, Mapping[str, InputScale]]:
-    """The plan without formats that would lose too much, and the scales of what projections read, by weight; none where
-    that is not quantised.
+def _calibrated(
+    plan: BuildPlan, clock: _Clock, progress: Progress
+) -> tuple[BuildPlan, Mapping[str, SourceTensor], Mapping[str, InputScale]]:
+    """The plan without formats that would lose too much, the checkpoint's tensors with the channel scales that were
+    moved, and the scales of what projections read, by weight; none where that is not quantised.
     """
     if plan.calibration is None or not plan.rounds_inputs:
-        return plan, {}
+        return plan, plan.source.tensors, {}
     text = plan.calibration.first(TOKENS)
     clock.stage("calibrate", f"Calibrating on {text.tokens:,} tokens of {text.name}")
     from .export.calibrate import calibrate, input_scales, settled_formats  # noqa: PLC0415
+    from .optimize.equivalence import scaled  # noqa: PLC0415
 
-    found = calibrate(plan.source, text, plan.context.context, progress)
+    found = calibrate(plan.source, text, plan.context.context, plan.formats, progress)
     formats = settled_formats(found, plan.formats)
     weights = weights_of(
         plan.source.tensors, formats, plan.made.dialect, plan.made.opset, CACHE_BYTES[plan.made.activations]
@@ -167,7 +191,8 @@ def _calibrated(plan: BuildPlan, clock: _Clock, progress: Progress) -> tuple[Bui
     left = sum(format != plan.formats[name] for name, format in formats.items())
     notes = (*plan.source.notes, text.note, *_left_out(left))
     source = plan.source.with_other(notes=notes)
-    return replace(plan, source=source, formats=formats, stored=weights.total), input_scales(found, formats)
+    settled = replace(plan, source=source, formats=formats, stored=weights.total)
+    return settled, scaled(source.tensors, found.factors), input_scales(found, formats)
 
 
 def _left_out(count: int) -> tuple[str, ...]:
@@ -354,9 +379,11 @@ def _write_quality(
 ) -> Quality:
     """What quantisation cost."""
     from .export.quality import OWN_CODES, Measurer  # noqa: PLC0415
+    from .runtime.quality import Prediction  # noqa: PLC0415
 
     dtype = plan.made.activations
     measurer = Measurer(plan.source, found.tensors, written.placements, folder, manifest, dtype, text, progress)
-    quality = measurer.quality(plan.method or OWN_CODES)
+    expected = None if plan.allocation is None else Prediction(plan.allocation.kl, plan.stored)
+    quality = measurer.quality(plan.method or OWN_CODES, expected)
     (folder / QUALITY_FILE).write_text(quality.to_json(), encoding="utf-8")
     return quality

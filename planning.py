@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .build_options import MERGE, RUNTIME, BuildOptions
 from .errors import LlamaExportError, UsageError
@@ -17,10 +17,12 @@ from .export.lora.peft_folder import Adapter, read_adapter
 from .export.lora.sizes import numbers_beside
 from .export.quality_text import QualityText, quality_text
 from .export.source import Source, open_source
+from .limits import Allocation, limits_of
 from .names import BUILT_IN, GPTQ, ONNXRUNTIME, RTN, SEARCH
 from .optimize.formats import EMBEDDING, Format
 from .optimize.overlay import ours
 from .optimize.plan import has_wide_head, head_of, is_quantised
+from .optimize.schemes import AUTO
 from .optimize.tensors import SourceTensor
 from .progress import Progress
 from .runtime.bundle import MAX_BATCH
@@ -34,6 +36,8 @@ _WIDE_HEAD = (
     "{head} stays {format}, as the checkpoint has it; the CPU widens it to float32 and reads it whole for each token: "
     "--head-precision int8 makes the bundle quicker, at some loss."
 )
+_SMALLEST = "int4"
+"""What `AUTO` is until formats are chosen."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class BuildPlan:
     come from and that a method learns from, None where there is neither. method: of `names.METHODS`, by which weights
     are quantised; None where none are. quality: the text that what quantisation cost is measured on, None
     where it is not. cached: the text that the scales of a cache in int8 come from, None for a cache in the dtype of
-    activations.
+    activations. allocation: what `--precision auto` chose, None before that and for other precisions.
     """
 
     source: Source
@@ -64,6 +68,7 @@ class BuildPlan:
     quality: QualityText | None = None
     cached: CalibrationText | None = None
     method: str | None = None
+    allocation: Allocation | None = None
 
     @property
     def rounds_inputs(self) -> bool:
@@ -87,6 +92,7 @@ def plan_build(options: BuildOptions, target: Target, progress: Progress) -> Bui
     Raises UsageError and LlamaExportError, each with one sentence for the user.
     """
     made = what_is_made(target)
+    limits_of(options)
     if not 1 <= options.batch <= MAX_BATCH:
         raise UsageError(f"--batch must be from 1 to {MAX_BATCH}, not {options.batch}.")
     if options.adapter_mode == RUNTIME and made.backend != ONNXRUNTIME:
@@ -135,9 +141,31 @@ def plan_build(options: BuildOptions, target: Target, progress: Progress) -> Bui
     if isinstance(measured, str):
         source, measured = source.with_other(notes=(*source.notes, measured)), None
     return BuildPlan(
-        *(source, sha256, adapters, merge, target, made, found.precision),
-        *(formats, stored, context, options.batch, text, measured, cached, method),
+        source=source,
+        sha256=sha256,
+        adapters=adapters,
+        merged=merge,
+        target=target,
+        made=made,
+        precision=AUTO if options.precision == AUTO else found.precision,
+        formats=formats,
+        stored=stored,
+        context=context,
+        batch=options.batch,
+        calibration=text,
+        quality=measured,
+        cached=cached,
+        method=method,
     )
+
+
+def with_formats(plan: BuildPlan, options: BuildOptions, formats: Mapping[str, Format]) -> BuildPlan:
+    """The plan with formats that were chosen after it was made, and the bytes and the context that they leave."""
+    beside = _bytes_beside(plan.beside, plan.source, plan.made)
+    found = _assessed(options, plan.target, plan.made, plan.source, beside, formats)
+    context = context_choice(found, force=options.force)
+    method = _method(options, plan.source.tensors, formats)
+    return replace(plan, formats=formats, stored=found.weights.total + sum(beside), context=context, method=method)
 
 
 def _has_whole_rows(formats: Mapping[str, Format]) -> bool:
@@ -209,17 +237,33 @@ def _quality_text(
         return f"What quantisation cost was not measured: {error}"
 
 
-def _assessed(options: BuildOptions, target: Target, made: Made, source: Source, beside: Sequence[int]) -> Assessment:
-    """What the planner finds. beside: bytes of each adapter that is loaded with the weights, one at a time."""
+def _assessed(
+    options: BuildOptions,
+    target: Target,
+    made: Made,
+    source: Source,
+    beside: Sequence[int],
+    formats: Mapping[str, Format] | None = None,
+) -> Assessment:
+    """What the planner finds. beside: bytes of each adapter that is loaded with the weights, one at a time. formats:
+    where they have been chosen; until then `AUTO` is planned as `_SMALLEST`.
+    """
+    automatic = options.precision == AUTO
+    if automatic and not made.runs(_SMALLEST):
+        raise UsageError(
+            f"--precision {AUTO} chooses among integers in blocks, which {target.name} does not run here: choose "
+            f"one of {', '.join(made.precisions)}."
+        )
     calibrated = options.calibrate is not None
     wish = Wish(
-        options.precision,
+        _SMALLEST if automatic else options.precision,
         options.head_precision,
         options.context,
         options.batch,
         calibrated,
         max(beside, default=0),
         options.cache_precision,
+        formats,
     )
     model = Model(source.model_id, source.shape, source.tensors, source.native_precision)
     return assess(target, made, model, wish)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .export.destination import require_space, signals_raise
+from .limits import AboveLimitError
 from .names import GPTQ, RTN, SEARCH
 from .optimize.tensors import SourceTensor
 from .planning import BuildPlan
@@ -96,6 +97,8 @@ def _calibrated(
             opened = True
             begin("quantise", f"Quantising over {text.tokens:,} tokens of {text.name}")
             yield Quantised(calibrated(run, folder, progress).tensors, record)
+    except AboveLimitError:  # other formats come next, for which nothing of this helps
+        raise
     except BaseException:
         if opened and work.exists():
             progress.warn(

@@ -79,6 +79,10 @@ class Sensitivity:
             self._run(torch.from_numpy(entered).view(torch.bfloat16))
         return self.kl
 
+    def _split(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """Rows of all tokens by sequence."""
+        return list(torch.split(tokens, [len(sequence) for sequence in self.sequences]))
+
     @property
     def tokens(self) -> int:
         """Of the texts."""
@@ -119,22 +123,21 @@ class Sensitivity:
                 fishers[name] = _Fisher(torch.zeros(self.tensors[name].shape))
                 module.register_forward_hook(fishers[name].hook)
         found = []
-        states = entered.split([len(sequence) for sequence in self.sequences])
-        for number, (state, gradient) in enumerate(zip(states, gradients, strict=True)):
+        for number, (state, gradient) in enumerate(zip(self._split(entered), gradients, strict=True)):
             given = state.float()[None].requires_grad_()
-            texts.passed(layer, number, given).backward(gradient[None])  # type: ignore[no-untyped-call]
+            torch.autograd.backward(texts.passed(layer, number, given), gradient[None])
             assert given.grad is not None
             found.append(given.grad[0])
         for name, module in projections(index, layer):
             if name in fishers:
-                self._note(name, module.weight.numpy(), fishers.pop(name).diagonal.numpy())
+                self._note(name, module.get_parameter("weight").numpy(), fishers.pop(name).diagonal.numpy())
         return found
 
     @torch.no_grad()
     def _embedding(self, gradients: torch.Tensor) -> None:
         """The costs of looking rows up. gradients: [tokens, hidden]."""
         places = [(text, token) for text, sequence in enumerate(self.sequences) for token in sequence]
-        once, which = torch.tensor(places).unique(dim=0, return_inverse=True)
+        once, which = torch.unique(torch.tensor(places), dim=0, return_inverse=True)
         squares = torch.zeros(len(once), gradients.shape[1]).index_add_(0, which, gradients).square_()
         for start, rows in self._rows(EMBEDDING):
             here = (once[:, 1] >= start) & (once[:, 1] < start + len(rows))
@@ -148,9 +151,9 @@ class Sensitivity:
         """
         states = states.requires_grad_()
         normed = norm_before_head(self.config, self._whole(LAST_NORM))(states)
-        normed.backward(self._head_gradient(normed.detach()))
+        torch.autograd.backward(normed, self._head_gradient(normed.detach()))
         assert states.grad is not None
-        return list(states.grad.split([len(sequence) for sequence in self.sequences]))
+        return self._split(states.grad)
 
     @torch.no_grad()
     def _head_gradient(self, inputs: torch.Tensor) -> torch.Tensor:

@@ -61,7 +61,7 @@ class Model:
 @dataclass(frozen=True)
 class Wish:
     """What was asked for; None leaves the choice to model and target. beside: bytes of an adapter that is loaded with
-    the weights. cache: the precision of the cache.
+    the weights. cache: the precision of the cache. formats: of every tensor, where they are chosen already.
     """
 
     precision: str | None = None
@@ -71,6 +71,7 @@ class Wish:
     calibrated: bool = False
     beside: int = 0
     cache: str | None = None
+    formats: Mapping[str, Format] | None = None
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def _choices(target: Target, made: Made, wish: Wish, asked: str | None) -> list[
 
 
 def _candidate(target: Target, made: Made, model: Model, wish: Wish, precision: str | None) -> _Candidate:
-    formats = plan_formats(model.tensors, precision, wish.head_precision, made.policy())
+    formats = wish.formats or plan_formats(model.tensors, precision, wish.head_precision, made.policy())
     number = CACHE_BYTES[made.activations]
     weights = weights_of(model.tensors, formats, made.dialect, made.opset, number)
     loaded = dict(weights.stored)
