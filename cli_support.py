@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
@@ -22,11 +22,16 @@ from .runtime.threads import MAX_THREADS
 from .settings import command_defaults
 from .tables import plain
 
+if TYPE_CHECKING:
+    _ParamType = click.ParamType[Any]
+else:
+    _ParamType = click.ParamType  # which takes no brackets in older releases
+
 _DEBUG = "llama_export.debug"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-class Precision(click.ParamType):
+class Precision(_ParamType):
     """The name of a scheme. automatic: or the word that leaves the choice to a budget."""
 
     name = "precision"
@@ -44,7 +49,7 @@ class Precision(click.ParamType):
         return text
 
 
-class TextFile(click.ParamType):
+class TextFile(_ParamType):
     """The path of a text, or the word for our own."""
 
     name = "file"

@@ -13,8 +13,9 @@ import pytest
 from llama_export.export.folder import open_folder
 from llama_export.export.prequantised import stripes
 from llama_export.export.source import Source, open_source
-from llama_export.optimize.formats import EMBEDDING, FP16, HEAD, INT8
+from llama_export.optimize.formats import EMBEDDING, FP16, HEAD
 from llama_export.optimize.plan import has_wide_head, head_of, plan_formats
+from llama_export.optimize.schemes import DEFAULT_INT8
 from llama_export.optimize.tensors import SourceTensor
 from support.hf_models import write_json
 from support.prequantised import (
@@ -348,7 +349,7 @@ def test_a_head_left_in_floating_point_may_be_narrowed(tied: bool, tmp_path: Pat
     assert head_of(tensors) == head
     kept, narrowed = plan_formats(tensors, None), plan_formats(tensors, None, "int8")
     assert (kept[head], has_wide_head(tensors, kept)) == (FP16, True)
-    assert (narrowed, has_wide_head(tensors, narrowed)) == ({**kept, head: INT8}, False)
+    assert (narrowed, has_wide_head(tensors, narrowed)) == ({**kept, head: DEFAULT_INT8}, False)
     dense = {name: replace(tensor, format=FP16) for name, tensor in tensors.items()}
     assert not has_wide_head(dense, plan_formats(dense, None))
-    assert plan_formats(dense, "int4", "int8")[head] == INT8
+    assert plan_formats(dense, "int4", "int8")[head] == DEFAULT_INT8

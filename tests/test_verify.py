@@ -223,8 +223,8 @@ def test_one_flipped_byte_is_seen_by_verify_and_by_the_next_run(built: Built, tm
 
 NORM, SCALES = "model.layers.1.post_attention_layernorm.weight", "model.layers.0.self_attn.q_k_v_proj.scales"
 DATA_FAULTS = {
-    "a scale's top exponent bit": (faults.flip(SCALES, 30, at=5), "model.layers.0.self_attn.q_proj.weight"),
-    "a scale's sign": (faults.flip(SCALES, 31, at="last"), "model.layers.0.self_attn.v_proj.weight"),
+    "a scale's top exponent bit": (faults.flip(SCALES, 14, at=5), "model.layers.0.self_attn.q_proj.weight"),
+    "a scale's sign": (faults.flip(SCALES, 15, at="last"), "model.layers.0.self_attn.v_proj.weight"),
     "a scale's lowest bit": (
         faults.flip("model.embed_tokens.scales", 0, at=639),
         "model.embed_tokens.weight",
