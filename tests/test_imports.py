@@ -32,6 +32,11 @@ _BISECTING = {
     *("runtime.session", "runtime.proof.weights", "runtime.proof.input_scales"),
 }
 
+# Quality is measured as an evaluation does it, and told in a file that the runtime reads.
+_MEASURING = {
+    *("runtime.evaluate.inputs", "runtime.evaluate.intervals", "runtime.evaluate.likelihood", "runtime.quality"),
+}
+
 # An evaluation knows the adapters of a bundle's original by the hashes in the manifest.
 _EVALUATING = {"runtime.hashing"}
 
@@ -42,7 +47,7 @@ _BUILDING = {
 }
 
 ALLOWED = {
-    "export": {"export", "optimize", "runtime.bundle", *_RECORDING, *_EVALUATING, *_BISECTING},
+    "export": {"export", "optimize", "runtime.bundle", *_RECORDING, *_EVALUATING, *_MEASURING, *_BISECTING},
     "targets": {"targets", "optimize", "runtime.bundle", *_BUILDING},
     "optimize": {"optimize"},
     "runtime": {"runtime"},
