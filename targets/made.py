@@ -22,8 +22,8 @@ DEVICE_PYTHON = (3, 10)
 _INT8_CACHE_PYTHON = (3, 11)
 """The oldest Python for which there is an onnxruntime with a cache in int8: for 3.10 the newest is 1.23.2."""
 _NO_ROUNDED = {
-    TRT: "its TensorScatter takes neither INT8 nor FP8, and an engine that does without copies and widens all of it for "
-    "each token",
+    TRT: "its TensorScatter takes neither INT8 nor FP8, and an engine that does without copies and widens all of it "
+    "for each token",
     TRT_PRIMITIVE: "its products read float16, to which an engine would widen all of it for each token",
 }
 """Why a dialect has no rounded cache; docs/cache.md has what was measured."""
