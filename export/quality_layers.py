@@ -53,7 +53,7 @@ def _relative(error: float, whole: float) -> float:
 
 
 def _squares(values: torch.Tensor) -> float:
-    return torch.linalg.vector_norm(values, dtype=torch.float64).square().item()
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64).square())
 
 
 @dataclass
@@ -192,10 +192,10 @@ class MatrixErrors:
         for start, stop in cuts(tensor):
             rows = tensor.read(start, stop)
             own, error = _by_row(rows), _by_row(exact.rows(EMBEDDING, start, stop, None) - rows)
-            squares.weight += own.sum()
-            squares.weight_error += error.sum()
-            squares.output += times[start:stop] @ own
-            squares.output_error += times[start:stop] @ error
+            squares.weight += float(own.sum())
+            squares.weight_error += float(error.sum())
+            squares.output += float(times[start:stop] @ own)
+            squares.output_error += float(times[start:stop] @ error)
 
 
 def _by_row(values: Float32) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

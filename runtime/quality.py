@@ -25,6 +25,10 @@ _NAME = 60
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+_Text = str | bytes
+"""Beside `Quality.bytes`, which is no type."""
+
+
 @dataclass(frozen=True)
 class MeasuredText:
     """What was measured on. name: of the file, or "built-in"; sha256: of its UTF-8; windows: each read from an empty
@@ -140,7 +144,7 @@ class Quality:
         )
 
     @staticmethod
-    def from_json(text: str | bytes) -> Quality:
+    def from_json(text: _Text) -> Quality:
         """Read it. Raises LlamaExportError when it is not JSON, of a newer schema, or in any way not valid."""
         try:
             value = json.loads(text, parse_constant=_no_number)
@@ -201,9 +205,9 @@ def _problems(quality: Quality) -> Iterator[str]:
         if not low <= value <= high:  # NaN is in no range
             yield f"{name} must be from {low:g} to {high:g}, not {value!r}"
     for name, one in _ends(quality.end):
-        low, high = one.kl.low, one.kl.high
-        if (low is None) != (high is None) or (low is not None and high is not None and not 0 <= low <= high):
-            yield f"{name}.kl has no interval in [{low!r}, {high!r}]"
+        ends = [end for end in (one.kl.low, one.kl.high) if end is not None]
+        if len(ends) == 1 or not all(0 <= end <= _LARGEST for end in ends) or ends != sorted(ends):
+            yield f"{name}.kl has no interval in [{one.kl.low!r}, {one.kl.high!r}]"
 
 
 _LARGEST = 1e300
