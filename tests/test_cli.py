@@ -106,6 +106,7 @@ def test_build_passes_its_options_on(builds: list[Any]) -> None:
         **{"head_precision": "fp16", "adapters": ("a", "b:0.5"), "adapter_mode": "runtime", "any_base": True},
         **{"jetpack": "6.1", "backend": "tensorrt", "calibrate": Path("text"), "prompts": Path("asked")},
         **{"method": "search", "cache_precision": "int8", "quality": False, "quality_text": Path("windows")},
+        **{"budget": None, "max_kl": None},
     }
 
 
@@ -117,6 +118,7 @@ def test_build_leaves_open_what_was_not_said(builds: list[Any]) -> None:
         **{"head_precision": None, "adapters": (), "adapter_mode": "merge", "any_base": False},
         **{"jetpack": None, "backend": None, "calibrate": None, "prompts": None},
         **{"method": None, "cache_precision": None, "quality": True, "quality_text": None},
+        **{"budget": None, "max_kl": None},
     }
 
 
