@@ -42,10 +42,11 @@ class Layerwise:
         sequences: Sequence[Sequence[int]],
         begin: Callable[[int, torch.nn.Module], None],
         caches: Sequence[KeptCache] | None = None,
+        end: Callable[[int, torch.nn.Module], None] | None = None,
     ) -> list[torch.Tensor]:
         """What the last decoder layer leaves of each sequence, [1, length, hidden], all sequences in one pass over the
-        weights. begin: called with each layer's index and the layer before it runs; the layer is gone after. caches:
-        one for each sequence, which every layer gives its keys and values.
+        weights. begin: called with each layer's index and the layer before it runs; end: after; then the layer is gone.
+        caches: one for each sequence, which every layer gives its keys and values.
         """
         texts = Texts(self.config, self.context, sequences)
         hidden = embedded(sequences, self.parts)
@@ -54,6 +55,8 @@ class Layerwise:
             layer = decoder_layer(self.config, index, self._whole)
             begin(index, layer)
             texts.run(layer, hidden, caches)
+            if end is not None:
+                end(index, layer)
 
         for index in range(self.config.num_hidden_layers):
             run(index)

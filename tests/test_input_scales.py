@@ -19,7 +19,7 @@ from llama_export.export.bisect import bisect
 from llama_export.export.calibrate import calibrate, input_scales
 from llama_export.export.calibration_text import calibration_text
 from llama_export.export.source import open_source
-from llama_export.optimize.formats import FP8, INT8_ROW
+from llama_export.optimize.formats import EMBEDDING, FP8, FP16, INT8_ROW
 from llama_export.pipeline import build
 from llama_export.progress import Silent
 from llama_export.referencing import ReferenceOptions, make_reference
@@ -98,8 +98,10 @@ def test_what_calibration_found_is_recorded_and_held_to(kind: str, folder: Path,
     path = built(kind)
     index, source = index_of(path), open_source(str(folder / "llama"))
     context = open_bundle(path).manifest.limits.context
-    found = calibrate(source, calibration_text(source, folder / "text.txt", context), context, Silent())
     formats = {record.name: INT8_ROW if "int8" in TARGETS[kind].values() else FP8 for record in index.weights}
+    text = calibration_text(source, folder / "text.txt", context)
+    matrices = {name: formats[name] if name != EMBEDDING else FP16 for name in formats}
+    found = calibrate(source, text, context, matrices, Silent())
     scales = input_scales(found, formats)
     dtype = "int8" if "int8" in TARGETS[kind].values() else "float8e4m3fn"
     assert len(index.inputs) == 7 * 2 + 1
