@@ -18,7 +18,11 @@ NO_SCALES: Mapping[str, Float32] = MappingProxyType({})
 
 _INPUTS = 12
 """Of GroupQueryAttention before k_scale and v_scale."""
-_ATTRIBUTES = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+_ATTRIBUTES: Mapping[str, str | int] = {
+    "k_quant_type": "PER_CHANNEL",
+    "v_quant_type": "PER_CHANNEL",
+    "kv_cache_bit_width": 8,
+}
 
 
 def scale_name(past: str) -> str:
