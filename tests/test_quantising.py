@@ -15,7 +15,7 @@ import torch
 from llama_export.errors import LlamaExportError
 from llama_export.export.calibration_text import CalibrationText
 from llama_export.export.quantising import Calibrated, Method, Run, calibrated, opened_work
-from llama_export.export.quantising import head as head_module
+from llama_export.export.quantising import layer as layer_module
 from llama_export.export.quantising import statistics as statistics_module
 from llama_export.export.quantising.statistics import Channels, Statistics, Sums
 from llama_export.export.source import Source, open_source
@@ -271,7 +271,7 @@ def test_codes_are_stored_as_the_method_made_them(tmp_path: Path) -> None:
 def test_the_head_comes_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = llama(), Asked()
     whole = quantised(run_of(model, asked.method()), tmp_path).tensors[EMBEDDING]
-    monkeypatch.setattr(head_module, "PIECE", 100 * 128)
+    monkeypatch.setattr(layer_module, "PIECE", 100 * 128)
     parts = quantised(run_of(model, asked.method()), tmp_path).tensors[EMBEDDING]
     assert [len(weight) for weight in asked.weights[-4:]] == [asked.weights[-4].shape[0], 100, 100, 59]
     assert len({id(statistics) for statistics in asked.statistics[-3:]}) == 1

@@ -25,8 +25,8 @@ from ..config import transformers_config
 from ..layerwise import Texts
 from ..memory import give_back
 from .device import device_for, exact_arithmetic
-from .head import PIECE, solved_head
-from .layer import Hidden, Kept, LayerRun, Place, is_whole, kept_error, kept_scales
+from .head import solved_head
+from .layer import PIECE, Hidden, Kept, LayerRun, Place, is_whole, kept_error, kept_scales
 from .run import Run
 from .stored_codes import fits, kept_tensor
 from .work import WorkFolder

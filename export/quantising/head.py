@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from ...optimize.plan import head_of
 from ..layerwise import LAST_NORM, norm_before_head
-from .layer import Hidden, Place, solved, values_of
+from .layer import Hidden, Place, joined, row_parts, solved, values_of
 from .run import Run
 from .statistics import Statistics, Sums
 from .stored_codes import arrays_of
 from .work import Arrays
-
-PIECE = 1 << 24
-"""Values of the head that are solved at a time: a large vocabulary's matrix is larger than a layer."""
 
 
 def solved_head(
@@ -26,20 +23,12 @@ def solved_head(
     name = head_of(run.source.tensors)
     tensor, found = run.source.tensors[name], dict[str, list[np.ndarray]]()
     statistics = _statistics(run, place, name, original, quantised)
-    step = max(1, PIECE // tensor.shape[1])
-    for start in range(0, tensor.shape[0], step):
-        stop = min(tensor.shape[0], start + step)
+    for start, stop in row_parts(tensor):
         blocks = solved(run, name, values_of(tensor, start, stop).to(place.device), statistics)
         for part, array in arrays_of(name, blocks).items():
             found.setdefault(part, []).append(array)
         advance(stop / tensor.shape[0])
-    return dict(_joined(found))
-
-
-def _joined(parts: dict[str, list[np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
-    """One array of each, whose parts are let go."""
-    for name in list(parts):
-        yield name, np.concatenate(parts.pop(name))
+    return joined(found)
 
 
 def _statistics(run: Run, place: Place, name: str, original: Hidden, quantised: Hidden) -> Statistics:

@@ -32,6 +32,9 @@ Hidden = list[torch.Tensor]
 
 _ERROR = "error"
 
+PIECE = 1 << 23
+"""Values of a matrix that are solved together: a method holds several numbers for each."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -62,6 +65,18 @@ def values_of(tensor: SourceTensor, start: int, stop: int) -> torch.Tensor:
 def solved(run: Run, name: str, weight: torch.Tensor, statistics: Statistics) -> Blocks:
     """The codes that the method makes of a matrix, or of some rows of it, with scales as they are stored."""
     return rounded_by(lambda format: run.method.solve(weight, statistics, format), run.formats[name], run.scale_dtype)
+
+
+def row_parts(tensor: SourceTensor) -> Iterator[tuple[int, int]]:
+    """Rows that are solved together."""
+    step = max(1, PIECE // tensor.shape[1])
+    for start in range(0, tensor.shape[0], step):
+        yield start, min(tensor.shape[0], start + step)
+
+
+def joined(parts: dict[str, list[np.ndarray]]) -> Arrays:
+    """The parts of each array together; those are let go one after another."""
+    return {name: np.concatenate(parts.pop(name)) for name in list(parts)}
 
 
 def seams(run: Run, index: int) -> tuple[Seam, ...]:
@@ -158,18 +173,23 @@ class LayerRun:
         always passes through matrices that are not quantised yet.
         """
         attended = None if before is None else self._attended(stages, before)
-        self._settle(GROUPS[0], stages.before_attention, hidden, before)
+        self._settle(GROUPS[0], self._gathered(GROUPS[0], stages.before_attention, hidden, before))
         read = self._attended(stages, hidden)
-        beside = None if attended is None or before is None else _each(stages.after_attention, before, attended)
-        del before
-        self._settle(GROUPS[1], self._to_device, read, attended)
+        beside = None
+        if before is not None and attended is not None:
+            beside = _each(stages.after_attention, before, attended)
+            before.clear()
+        statistics = self._gathered(GROUPS[1], self._to_device, read, attended)
         del attended
+        self._settle(GROUPS[1], statistics)
         for number, state in enumerate(read):
             hidden[number] = stages.after_attention(hidden[number], state)
         del read
         mlp = None if beside is None else copy.deepcopy(stages.mlp)
-        self._settle(GROUPS[2], stages.before_mlp, hidden, beside)
-        self._settle(GROUPS[3], stages.activated, hidden, beside, partial(stages.activated, mlp=mlp))
+        self._settle(GROUPS[2], self._gathered(GROUPS[2], stages.before_mlp, hidden, beside))
+        statistics = self._gathered(GROUPS[3], stages.activated, hidden, beside, partial(stages.activated, mlp=mlp))
+        del beside, mlp  # the widest matrix is solved for, which takes the most memory
+        self._settle(GROUPS[3], statistics)
         for number, state in enumerate(hidden):
             hidden[number] = stages.after_mlp(state)
 
@@ -180,34 +200,49 @@ class LayerRun:
     def _to_device(self, state: torch.Tensor) -> torch.Tensor:
         return state.to(self._place.device)
 
-    def _settle(
+    def _gathered(
         self,
         group: Sequence[str],
         reads: Callable[[torch.Tensor], torch.Tensor],
         states: Hidden,
         beside: Hidden | None,
         beside_reads: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ) -> None:
-        """Make of the matrices of a group what is stored. reads: what they read of `states`; of `beside`, the same of
-        the original stream.
+    ) -> Statistics | None:
+        """What the matrices of a group read; None where none of them is to be solved for. reads: what they read of
+        `states`; of `beside`, the same of the original stream.
         """
+        asked = self._asked(group)
+        if not asked:
+            return None
+        sums = Sums(asked[0], self._tensors[asked[0]].shape[1], self._place.device, cross=beside is not None)
+        adds = group in (GROUPS[1], GROUPS[3])  # to the hidden states, whose sizes differ from token to token
+        for number, state in enumerate(states):
+            other = None if beside is None else (beside_reads or reads)(beside[number])
+            sums.add(reads(state), other, self._weights[number] if adds else None)
+        return sums.statistics()
+
+    def _asked(self, group: Sequence[str]) -> list[str]:
         names = [self._weight(name) for name in group]
-        asked = [name for name in names if self._run.solves(name)]
-        if asked and self._kept is None:
-            sums = Sums(asked[0], self._tensors[asked[0]].shape[1], self._place.device, cross=beside is not None)
-            adds = group in (GROUPS[1], GROUPS[3])  # to the hidden states, whose sizes differ from token to token
-            for number, state in enumerate(states):
-                other = None if beside is None else (beside_reads or reads)(beside[number])
-                sums.add(reads(state), other, self._weights[number] if adds else None)
-            statistics = sums.statistics()
-            del sums
-            for name in asked:
-                blocks = solved(self._run, name, self._values[name], statistics)
-                self._arrays |= arrays_of(name, blocks)
-                self._put(name, 0, dequantise(blocks, self._tensors[name].shape[1]))
-        for name in names:
+        return [name for name in names if self._run.solves(name)] if self._kept is None else []
+
+    def _settle(self, group: Sequence[str], statistics: Statistics | None) -> None:
+        """Make of the matrices of a group what is stored."""
+        if statistics is not None:
+            for name in self._asked(group):
+                self._solve(name, statistics)
+        for name in map(self._weight, group):
             for start, rows in self._stored(name):
                 self._put(name, start, rows)
+
+    def _solve(self, name: str, statistics: Statistics) -> None:
+        """Let the method choose the codes of a matrix, a part of its rows at a time."""
+        found, columns = dict[str, list[np.ndarray]](), self._tensors[name].shape[1]
+        for start, stop in row_parts(self._tensors[name]):
+            blocks = solved(self._run, name, self._values[name][start:stop], statistics)
+            for part, array in arrays_of(name, blocks).items():
+                found.setdefault(part, []).append(array)
+            self._put(name, start, dequantise(blocks, columns))
+        self._arrays |= joined(found)
 
     def _stored(self, name: str) -> Iterator[tuple[int, Float32]]:
         """The rows of what was not solved just now, as the bundle will store them."""

@@ -18,10 +18,10 @@ from .statistics import Channels, Statistics
 
 def _solve(weight: torch.Tensor, statistics: Statistics, format: Format) -> Blocks:
     width = format.padded(weight.shape[1])
-    inputs = statistics.once(f"inputs {width}", lambda: inputs_of(statistics.hessian, width))
     if statistics.cross is not None:
-        cross = statistics.cross
-        weight = weight @ statistics.once("correction", lambda: correction(statistics.hessian, cross))
+        cross = statistics.cross  # whose memory the correction takes: no other is told of it
+        weight = weight @ statistics.once("correction", lambda: cross.copy_(correction(statistics.hessian, cross)))
+    inputs = statistics.once(f"inputs {width}", lambda: inputs_of(statistics.hessian, width))
     return gptq(weight, inputs, format)
 
 

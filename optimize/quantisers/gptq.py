@@ -30,6 +30,9 @@ CORRECTION = 0.5
 _RIDGE = 0.05
 """Damping of that fit."""
 
+_SOLVED = 1024
+"""Right-hand sides of a system of equations that are in memory together."""
+
 _CHUNK = 64
 """Columns after which an error reaches the columns beyond, by one matrix product instead of many."""
 
@@ -69,10 +72,10 @@ class Inputs:
 def inputs_of(hessian: torch.Tensor, width: int, damping: float = DAMPING) -> Inputs:
     """hessian: the mean of x x^T, float32 [columns, columns]; width: columns with those that pad the last block."""
     more = width - len(hessian)
-    padded = pad(hessian, (0, more, 0, more))
+    padded = pad(hessian, (0, more, 0, more)) if more else hessian
     damped = _damped(padded, damping)
     order = torch.argsort(padded.diagonal(), descending=True, stable=True)
-    return Inputs(padded.diagonal().clone(), damped, order, _inverse_factor(damped[order][:, order]))
+    return Inputs(padded.diagonal().clone(), damped, order, _inverse_factor(damped, order))
 
 
 def correction(hessian: torch.Tensor, cross: torch.Tensor, share: float = CORRECTION) -> torch.Tensor:
@@ -82,12 +85,20 @@ def correction(hessian: torch.Tensor, cross: torch.Tensor, share: float = CORREC
 
     hessian: the mean of x x^T; cross: of x o^T.
     """
-    unit = torch.eye(len(hessian), device=hessian.device)
-    damping = _RIDGE * hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny) * unit
-    factor, failed = torch.linalg.cholesky_ex(hessian + damping)
+    damped = _damped(hessian, _RIDGE)
+    added = damped.diagonal() - hessian.diagonal()
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    del damped
     if failed:
-        return unit
-    return unit + share * (torch.cholesky_solve(cross + damping, factor).T - unit)
+        return torch.eye(len(hessian), device=hessian.device)
+    found = torch.empty_like(hessian)
+    for start in range(0, len(hessian), _SOLVED):
+        stop = min(len(hessian), start + _SOLVED)
+        wanted = cross[:, start:stop].clone()
+        wanted[start:stop].diagonal().add_(added[start:stop])
+        found[start:stop] = torch.cholesky_solve(wanted, factor).T
+    found.mul_(share).diagonal().add_(1 - share)
+    return found
 
 
 def gptq(weight: torch.Tensor, inputs: Inputs, format: Format, *, rounds: int = ROUNDS) -> Blocks:
@@ -111,7 +122,9 @@ def gptq(weight: torch.Tensor, inputs: Inputs, format: Format, *, rounds: int = 
 
 def _damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     mean = hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    return hessian + torch.eye(len(hessian), device=hessian.device) * (damping * mean)
+    damped = hessian.clone()
+    damped.diagonal().add_(damping * mean)
+    return damped
 
 
 def _compensated(weight: torch.Tensor, inputs: Inputs, grid: _Grid) -> torch.Tensor:
@@ -140,16 +153,22 @@ def _compensated(weight: torch.Tensor, inputs: Inputs, grid: _Grid) -> torch.Ten
     return codes[:, back]
 
 
-def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse; where float32 finds none, with more damping."""
+def _inverse_factor(hessian: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The upper Cholesky factor of the inverse, rows and columns in `order`; where float32 finds none, with more
+    damping. Two more of such a matrix are in memory at most.
+    """
     for more in (0.0, 0.01, 0.1, 1.0):
-        factor, failed = torch.linalg.cholesky_ex(_damped(hessian, more) if more else hessian)
+        ordered = (_damped(hessian, more) if more else hessian)[order[:, None], order]
+        factor, failed = torch.linalg.cholesky_ex(ordered)
+        del ordered
         if failed:
             continue
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+        inverse = torch.cholesky_inverse(factor)
+        del factor
+        upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
         if not failed:
             return upper
-    return torch.diag(hessian.diagonal().clamp(min=1e-30).rsqrt())
+    return torch.diag(hessian.diagonal()[order].clamp(min=1e-30).rsqrt())
 
 
 def _fit_scales(weight: torch.Tensor, hessian: torch.Tensor, grid: _Grid, codes: torch.Tensor) -> None:
