@@ -150,8 +150,8 @@ def weight_memory(load: Load) -> int:
 
 
 def _cpu_factor(name: str) -> float:
-    """Memory for a stored byte of the format of this name on the CPU. Scales in float16 become float32 there: SmolLM2 in
-    int4 takes the same with scales of either size (measured with ONNX Runtime 1.32 and 1.23.2).
+    """Memory for a stored byte of the format of this name on the CPU. Scales in float16 become float32 there: SmolLM2
+    in int4 takes the same with scales of either size (measured with ONNX Runtime 1.32 and 1.23.2).
     """
     format = format_named(name)
     if format is None or not format.half:
