@@ -113,9 +113,9 @@ class _Try:
 
 def input_scale(amax: float, format: Format) -> float:
     """What is divided by where `amax` becomes the largest number beside weights in `format`: a float16, at least
-    `LEAST_SCALE`, so that graphs with scales of either size and the reference hold the same number.
+    `LEAST_SCALE` and finite, so that graphs with scales of either size and the reference hold the same number.
     """
-    return float(np.float16(max(amax / _most(format), LEAST_SCALE)))
+    return float(np.float16(min(max(amax / _most(format), LEAST_SCALE), float(np.finfo(np.float16).max))))
 
 
 def smooth(seam: Seam | None, seen: Seen, matrices: Sequence[Rows], format: Format) -> Smoothed:
