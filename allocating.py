@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -21,9 +21,11 @@ from .export.families import ATTENTION, MLP
 from .limits import AboveLimitError, Allocation, Limits, Part, told_size
 from .names import BUILT_IN, GPTQ, ORT, RTN, SEARCH
 from .optimize.allocation import Option, cheapest_within, smallest_within, total_bytes, total_cost
+from .optimize.equivalence import Factors, factors_of
 from .optimize.formats import EMBEDDING, FP16, HEAD, Format
+from .optimize.overlay import ours, rounded_by
 from .optimize.plan import head_of
-from .optimize.quantise import stored_values
+from .optimize.quantise import dequantise, stored_values
 from .optimize.tensors import Float32, SourceTensor
 from .planning import BuildPlan, with_formats
 from .progress import Progress
@@ -31,9 +33,12 @@ from .targets.context import CACHE_BYTES
 from .targets.made import Made
 from .targets.planner_weights import weights_of
 
+if TYPE_CHECKING:
+    from .export.sensitivity import Stored
+
 SCHEMES_OF_AUTO = (
     *("int4-b128-zeros", "int4-b64-zeros", "int4-b32-zeros", "int4-b16-zeros"),
-    *("int4-b128", "int4-b64", "int4-b32", "int4-b16", "int8-b128", "int8-b32", "fp16"),
+    *("int4-b128", "int4-b64", "int4-b32", "int4-b16", "int8-b128", "int8-b64", "int8-b32", "fp16"),
 )
 """What a matrix may get, where the target runs it; 4 bits without zero points only where there are none with."""
 
@@ -41,11 +46,13 @@ TOKENS, LENGTH = 2048, 256
 """Of the text that sensitivity is measured on, and of a sequence at most."""
 
 _COSTS = "costs"
-VERSION = 1
+VERSION = 2
 """Of what is kept for an interrupted build: changes with the numbers."""
 
-KEPT = {RTN: {4: 1.0, 8: 1.0}, SEARCH: {4: 1.0, 8: 1.0}, GPTQ: {4: 1.0, 8: 1.0}}
-"""By method and bits, what is left of the cost that rounding to nearest would have."""
+KEPT = {RTN: {4: 1.0, 8: 1.0}, SEARCH: {4: 1.0, 8: 1.0}, GPTQ: {4: 0.5, 8: 0.8}}
+"""By method and bits, what is left of the cost that is predicted: of rounding to nearest, or of the search, to which
+GPTQ is compared.
+"""
 
 AIM = 0.9
 """Of --max-kl, what formats are chosen for at first: predictions are a little off, and another round takes time."""
@@ -134,6 +141,7 @@ def sensitivities(
         "text": hashlib.sha256(json.dumps(sequences).encode()).hexdigest(),
         "context": plan.context.context,
         "scales": plan.made.activations,
+        "nearest": plan.method == RTN,
         "candidates": {name: [(one.name, one.positive) for one in formats] for name, formats in candidates.items()},
     }
     path = place.parent / f".{place.name}.sensitivity"
@@ -178,12 +186,38 @@ def _measured(
 ) -> Mapping[str, Mapping[Format, float]]:
     from .export.sensitivity import Sensitivity  # noqa: PLC0415 (torch takes seconds)
 
-    def stored(tensor: SourceTensor, format: Format, start: int, stop: int, rows: Float32) -> Float32:
-        return stored_values(tensor, format, start, stop, plan.made.activations, rows)
-
     source, context = plan.source, plan.context.context
-    config = transformers_config(source.config)
+    config, stored = (
+        transformers_config(source.config),
+        _nearest(plan) if plan.method == RTN else _found(plan, progress),
+    )
     return Sensitivity(config, source.tensors, context, sequences, candidates, stored, progress).measure(folder)
+
+
+def _nearest(plan: BuildPlan) -> Stored:
+    return lambda tensor, format, start, stop, rows: stored_values(
+        tensor, format, start, stop, plan.made.activations, rows
+    )
+
+
+def _found(plan: BuildPlan, progress: Progress) -> Stored:
+    """As the search makes it of columns that are alike, seen from the columns as they were."""
+    from .export.quantising.importance import known  # noqa: PLC0415 (torch takes seconds)
+    from .export.quantising.solvers import searching  # noqa: PLC0415
+
+    found = known(plan.source, plan.formats, plan.context.context, progress, scaling=not plan.beside)
+    moved, rows_of, nearest = factors_of(found.scales), searching(found.importances).rows, _nearest(plan)
+
+    def stored(tensor: SourceTensor, format: Format, start: int, stop: int, rows: Float32) -> Float32:
+        columns = moved.get(tensor.name, Factors()).columns
+        if not ours(tensor, format) or not np.isfinite(rows).all():
+            return nearest(tensor, format, start, stop, rows)
+        alike = rows if columns is None else rows * columns
+        blocks = rounded_by(lambda asked: rows_of(tensor.name, alike, asked), format, plan.made.activations)
+        values = dequantise(blocks, tensor.shape[1])
+        return values if columns is None else values / columns
+
+    return stored
 
 
 @dataclass(frozen=True)
