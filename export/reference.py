@@ -107,9 +107,7 @@ class Samples:
 class Watch(Protocol):
     """What looks on while two sides pass: `Original` first, then `Exact`."""
 
-    def layer(
-        self, index: int, layer: torch.nn.Module, hidden: Sequence[torch.Tensor]
-    ) -> AbstractContextManager[None]:
+    def layer(self, index: int, layer: torch.nn.Module, hidden: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
         """Around a decoder layer's run over the first side's `hidden` [1, length, hidden size] of each sequence."""
 
     def converted(self, name: str, before: Float32, after: Float32) -> None:

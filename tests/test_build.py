@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from llama_export import cli, pipeline
+from llama_export import pipeline
 from llama_export.build_options import BuildOptions
 from llama_export.pipeline import build, tool_versions
 from llama_export.progress import Silent

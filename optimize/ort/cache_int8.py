@@ -47,6 +47,6 @@ def rounded_cache(attention: ir.Node, scales: Mapping[str, Float32]) -> None:
         attention.replace_input_with(index, scale)
     for name, value in _ATTRIBUTES.items():
         attention.attributes[name] = ir.convenience.convert_attribute(name, value)
-    for value in (*pasts, *presents):
-        if value is not None:
-            value.type = ir.TensorType(ir.DataType.INT8)
+    for cache in (*pasts, *presents):
+        if cache is not None:
+            cache.type = ir.TensorType(ir.DataType.INT8)

@@ -165,6 +165,7 @@ def _inverse_factor(hessian: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
             continue
         inverse = torch.cholesky_inverse(factor)
         del factor
+        upper: torch.Tensor
         upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
         if not failed:
             return upper

@@ -9,16 +9,18 @@ the codes give their scale: one step of the alternation in HQQ (Badri and Shaji,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from ..formats import Format
 from ..quantise import above_zero, half_scales, quantise
-from ..tensors import Blocks, Float32
+from ..tensors import Blocks, Float32, UInt8
 
 _SHRINKS = (1.0, 0.92, 0.84, 0.76)
 """Trial scales, in parts of the one that reaches a block's ends. Finer or smaller ones gained less than a hundredth."""
+
+_ONE = np.float32(1)
 
 _FINE = 6
 """Bits from which on the ends are worth their step."""
@@ -53,7 +55,8 @@ class _Trials:
         np.multiply(self._values, inverse[..., None], out=self._codes)
         np.rint(self._codes, out=self._codes)
         np.maximum(self._codes, -zeros[..., None], out=self._codes)
-        return np.minimum(self._codes, (self._top - zeros)[..., None], out=self._codes)
+        np.minimum(self._codes, (self._top - zeros)[..., None], out=self._codes)
+        return self._codes
 
     def tried(self, inverse: Float32, zeros: Float32) -> _Best:
         codes = self.codes(inverse, zeros)
@@ -71,7 +74,7 @@ class _Trials:
             largest, smallest = np.maximum(largest, np.float32(0)), np.minimum(smallest, np.float32(0))
             for shrink in map(np.float32, shrinks):
                 inverse = self._top / ((largest - smallest) * shrink)
-                yield inverse, np.clip(np.rint(-smallest * shrink * inverse), 0, self._top)
+                yield inverse, np.rint(-smallest * shrink * inverse).clip(0, self._top)
             return
         zeros = np.full_like(largest, middle)
         if self._format.positive:
@@ -79,7 +82,7 @@ class _Trials:
         else:
             reach = np.where(largest > -smallest, largest, smallest) / -middle
         for shrink in map(np.float32, shrinks):
-            yield 1 / (reach * shrink), zeros
+            yield _ONE / (reach * shrink), zeros
 
 
 def search(rows: Float32, format: Format, importance: Float32 | None = None) -> Blocks:
@@ -112,7 +115,7 @@ def _best(trials: _Trials) -> _Best:
         else:
             found.take(tried)
     assert found is not None
-    again = trials.tried(1 / found.scales, found.zeros)  # the codes of the scale that the codes gave
+    again = trials.tried(_ONE / found.scales, found.zeros)  # the codes of the scale that the codes gave
     found.take(again)
     return found
 
@@ -121,21 +124,14 @@ def _blocks(trials: _Trials, found: _Best, format: Format, padded: Float32) -> B
     """Codes and scales as they are stored. Blocks of zeros, or that matter nowhere, and values that are not finite go
     the way of rounding to nearest.
     """
-    scales = found.scales
-    if format.half:
-        scales = half_scales(scales)
-    sound = np.isfinite(scales) & (scales != 0) & (found.gain > 0)
-    if format.positive:
-        sound &= scales > 0
-    scales = np.where(sound, scales, np.float32(1))
-    codes = trials.codes(1 / scales, found.zeros) + found.zeros[..., None]
-    plain = None if sound.all() else quantise(padded, format)
-    zeros = found.zeros.astype(np.uint8)
-    codes = codes.astype(np.uint8)
-    if plain is not None:
-        shape = codes.shape
-        codes = np.where(sound[..., None], codes, plain.codes.reshape(shape))
+    scales = half_scales(found.scales) if format.half else found.scales
+    sound = np.isfinite(scales) & (scales != 0) & (found.gain > 0) & ((scales > 0) | (not format.positive))
+    scales = np.where(sound, scales, _ONE)
+    codes: UInt8 = (trials.codes(_ONE / scales, found.zeros) + found.zeros[..., None]).astype(np.uint8)
+    zeros: UInt8 | None = found.zeros.astype(np.uint8) if format.zeros else None
+    if not sound.all():
+        plain = quantise(padded, format)
+        codes = np.where(sound[..., None], codes, plain.codes.reshape(codes.shape))
         scales = np.where(sound, scales, plain.scales)
-        zeros = zeros if plain.zeros is None else np.where(sound, zeros, plain.zeros)
-    blocks = Blocks(format, codes.reshape(len(padded), -1), scales, zeros if format.zeros else None)
-    return above_zero(replace(blocks))
+        zeros = None if zeros is None or plain.zeros is None else np.where(sound, zeros, plain.zeros)
+    return above_zero(Blocks(format, codes.reshape(len(padded), -1), scales, zeros))
