@@ -138,9 +138,8 @@ def test_a_budget_may_choose_the_weights_but_not_those_of_the_head_alone(builds:
 def test_a_name_that_is_no_scheme_is_refused_with_families_and_the_nearest() -> None:
     result = call("build", "-m", "m", "-t", "cpu", "-o", "out", "--precision", "int4-b46")
     assert result.exit_code == 2
-        told = ("'int4-b46' is none", "w8a8, auto, or int4-bN", "N = 16, 32, 64, 128, 256", "Did you mean 'int4-b64'?")
+    told = ("'int4-b46' is none", "w8a8, auto, or int4-bN", "N = 16, 32, 64, 128, 256", "Did you mean 'int4-b64'?")
     for part in told:
-
         assert part in result.stderr
     assert len(result.stderr) < 700
 

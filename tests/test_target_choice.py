@@ -141,9 +141,8 @@ def test_the_jetpack_decides_release_dialect_and_formats() -> None:
         "6.2": ("trt-primitive", 21),
         "7.2": ("trt", 24),
     }
-        precisions = {entry.precisions for entry in chosen.values()}
+    precisions = {entry.precisions for entry in chosen.values()}
     assert precisions == {("fp16", "int8", "w8a8"), ("fp16", "int8", "int4", "w8a8")}
-
 
 
 def test_a_patch_release_of_a_jetpack_is_that_jetpack() -> None:
@@ -268,21 +267,9 @@ def test_the_details_say_release_dialect_and_precisions(name: str) -> None:
         ("rtx", None, "fp8", "8.0, 8.6, 8.9 and 12.0) has fp16, int8, int4 and w8a8 weights, not fp8"),
         ("rtx-4090", None, "fp32", "or --backend onnxruntime"),
         ("cpu", None, "fp8", "cpu with ONNX Runtime has fp32, fp16, int8, int4 and w8a8 weights, not fp8"),
-        (
-            "jetson-orin",
-            "6.2",
-            "int4-b64-zeros",
-            "name their block int4-b16, int4-b32, int4-b64, int4-b128, int4-b256"),
-        (
-            "jetson-orin",
-            "6.0",
-            "int4-b64",
-            "name their block none, not int4-b64: choose one of these, or --jetpack"),
-        (
-            "rtx-4090",
-            None,
-            "int8-b128-zeros",
-            "int8-b128, int8-b256, not int8-b128-zeros: choose one of these, or"),
+        ("jetson-orin", "6.2", "int4-b64-zeros", "name their block int4-b16, int4-b32, int4-b64, int4-b128, int4-b256"),
+        ("jetson-orin", "6.0", "int4-b64", "name their block none, not int4-b64: choose one of these, or --jetpack"),
+        ("rtx-4090", None, "int8-b128-zeros", "int8-b128, int8-b256, not int8-b128-zeros: choose one of these, or"),
         ("cpu", None, "int4-b24", "Did you mean 'int4-b"),
         ("h100", None, "fp8", "or --backend tensorrt"),
     ],
