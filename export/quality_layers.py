@@ -17,7 +17,7 @@ from ..optimize.tensors import Float32, SourceTensor
 from .layerwise import LAST_NORM, Texts, cuts, decoder_layer, last_norm, layer_name, projections
 from .reference import Exact
 
-_WATCHED_TOKENS = 256
+_WATCHED_TOKENS = 128
 """Tokens of the windows whose matrices' outputs are looked at: a third product with every matrix."""
 
 

@@ -22,9 +22,10 @@ LEAST_WINDOWS = 4
 """Windows for which windows are made shorter: an interval takes several."""
 
 _LEAST_TOKENS, _MOST_TOKENS = 256, 2048
-_WEIGHTS = 400_000_000_000
-"""Weights times tokens, within these limits: 2,048 tokens up to 195 million weights, 323 for 1.24 billion."""
+_WEIGHTS = 320_000_000_000
+"""Weights times tokens, within these limits: 2,048 tokens up to 156 million weights, 256 from 1.25 billion on."""
 
+_LEAST_CONTEXT = 2
 _SHORTEST = 16
 """Tokens of a window, where the context takes so many."""
 
@@ -52,6 +53,10 @@ def quality_text(source: Source, file: Path | None, context: int) -> QualityText
     Raises UsageError where the file is no text in UTF-8, LlamaExportError where it cannot be read or is too short, and
     where its tokens are none of the model's.
     """
+    if context < _LEAST_CONTEXT:
+        raise LlamaExportError(
+            f"a context of {context} has no token after another; give --context, or add --no-quality."
+        )
     if file is None:
         name, text = BUILT_IN, built_in_text()[1]
         sha256 = hashlib.sha256(text.encode()).hexdigest()
