@@ -64,7 +64,7 @@ def test_newer_schema_says_upgrade() -> None:
         ("shape.layers", 0, r"shape\.layers must be from 1"),
         ("shape.kv_heads", 4, "multiple"),
         ("shape.kv_heads", 12, r"kv_heads must be from 1 to 6"),
-        ("shape.cache_dtype", "int8", "cache_dtype must be one of float32, float16"),
+        ("shape.cache_dtype", "int4", "cache_dtype must be one of float32, float16"),
         ("limits.context", 1 << 40, r"limits\.context must be from 1"),
         ("limits.contxt", 5, r"unknown key 'contxt'. Did you mean 'context'\?"),
         ("tokens.eos", 257, r"tokens\.eos must be a list"),
