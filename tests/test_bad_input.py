@@ -183,7 +183,7 @@ def test_a_disk_that_is_known_to_be_too_small(tmp_path: Path, monkeypatch: pytes
     write_llama_folder(tmp_path / "llama")
     honest = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: honest(path)._replace(free=1_000_000))
-    told(call("build", "-m", "llama", "-t", "cpu", "-o", "new/out"), 1, "needs 64.1 MB", "only 1.00 MB are free")
+    told(call("build", "-m", "llama", "-t", "cpu", "-o", "new/out"), 1, "needs 66.7 MB", "only 1.00 MB are free")
     assert not (tmp_path / "new").exists()
 
 

@@ -14,6 +14,7 @@ from llama_export.export import layerwise
 from llama_export.export import reference as streamed_module
 from llama_export.export.reference import Exact, Original, Samples, StreamedModel
 from llama_export.optimize.plan import plan_formats
+from llama_export.optimize.policy import ORT, TENSORRT_RTX, Policy
 from llama_export.optimize.quantise import stored_values
 from llama_export.progress import Silent
 from llama_export.runtime.proof.reference import EXACT, ORIGINAL, Identity, compress, fingerprint
@@ -31,9 +32,9 @@ class Heard(Silent):
         self.told.append((done_bytes, total_bytes))
 
 
-def streamed(model: PreTrainedModel, precision: str, scales: str = "float32") -> StreamedModel:
+def streamed(model: PreTrainedModel, precision: str, scales: str = "float32", policy: Policy = ORT) -> StreamedModel:
     tensors = source_tensors(model)
-    formats = plan_formats(tensors, precision)
+    formats = plan_formats(tensors, precision, policy=policy)
     return StreamedModel(model.config, tensors, 64, (Original(tensors), Exact(tensors, formats, scales)))
 
 
@@ -119,9 +120,10 @@ def test_samples_are_hidden_states_and_cache_of_transformers(variant: str) -> No
 def test_scales_are_those_that_survive_in_float16() -> None:
     model = llama()
     tensors = source_tensors(model)
-    formats = plan_formats(tensors, "int4")
+    formats = plan_formats(tensors, "int4", policy=TENSORRT_RTX)
     found = {
-        dtype: streamed(model, "int4", dtype).run([[3, 5, 7]], Silent())[EXACT] for dtype in ("float16", "float32")
+        dtype: streamed(model, "int4", dtype, TENSORRT_RTX).run([[3, 5, 7]], Silent())[EXACT]
+        for dtype in ("float16", "float32")
     }
     assert 0 < np.abs(found["float16"].logits.sampled - found["float32"].logits.sampled).max() < 0.1
     name = "model.layers.1.mlp.up_proj.weight"

@@ -38,6 +38,7 @@ FILES = {
     "chat_template.jinja",
     "config.json",
     "genai_config.json",
+    "quality.json",
     "generation_config.json",
     "manifest.json",
     "model.onnx",
@@ -156,7 +157,8 @@ def test_a_configured_folder_needs_only_the_target_and_makes_the_same_bytes(buil
     assert "Context 256 tokens: all that the model knows" in done.stdout
     stages = [line.partition("  ")[0] for line in done.stderr.splitlines()]
     assert stages == [
-        *("Opening llama", "Tracing transformers' Llama", "Fusing and lowering the graph", "Writing the weights"),
+        *("Opening llama", "Finding which weights count most", "Tracing transformers' Llama"),
+        *("Fusing and lowering the graph", "Writing the weights", "Measuring what quantisation costs on 2,048 tokens"),
         *("Recording what PyTorch computes", "Hashing the files"),
     ]
     assert contents(tmp_path / "bundles" / "tiny") == contents(built("int4"))
@@ -208,10 +210,11 @@ def test_the_report_for_programs_is_stable(tmp_path: Path) -> None:
     assert (result.exit_code, result.stderr) == (0, "")
     report = json.loads(result.stdout)
     assert list(report) == [
-        *("schema_version", "output", "bytes", "seconds", "context", "notes", "engine", "losses", "manifest"),
+        *("schema_version", "output", "bytes", "seconds", "context", "notes", "engine"),
+        *("quality", "allocation", "losses", "manifest"),
     ]
     assert report["engine"] is None
-    assert list(report["seconds"]) == ["open", "trace", "lower", "write", "seal"]
+    assert list(report["seconds"]) == ["open", "importance", "trace", "lower", "write", "quality", "seal"]
     assert report["manifest"] == manifest_of(tmp_path / "out")
     assert report["bytes"] == sum(record["size"] for record in report["manifest"]["files"].values())
     # A million tokens is more than a small computer holds, whatever the model says.

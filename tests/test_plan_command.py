@@ -118,7 +118,7 @@ def test_a_build_takes_a_smaller_precision_and_says_so(tmp_path: Path) -> None:
     assert built.precision in ("int8", "int4")
     (note,) = [note for note in built.source.notes if note.startswith("The weights are ")]
     assert f"are {built.precision} rather than fp32, board's default" in note
-    assert {format.name for name, format in built.formats.items() if "_proj" in name} == {built.precision}
+    assert {format.name for name, format in built.formats.items() if "_proj" in name} == {f"{built.precision}-f16"}
 
 
 def test_a_build_keeps_a_default_that_fits(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_a_jetson_gets_a_graph_and_a_recipe_for_its_release(
     [
         ("rtx-4090", "int4", False, ("8.9",)),
         ("rtx-4090", "w8a8", True, ("8.9",)),
-        ("rtx-4090", "int8-b64", False, ("8.9",)),
+        ("rtx-4090", "int8-b32", False, ("8.9",)),
         ("rtx", None, False, ("8.0", "8.6", "8.9", "12.0")),
         ("rtx-5090", "nvfp4", False, ("12.0",)),
         ("dgx-spark", "fp8", False, ("12.1",)),

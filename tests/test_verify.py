@@ -116,7 +116,7 @@ def test_the_report_for_programs_is_stable(built: Built, tmp_path: Path) -> None
     assert result.exit_code == 0
     assert result.stdout.endswith("\npassed\n")
     verdict = json.loads((tmp_path / "verdict.json").read_text())
-    assert list(verdict) == ["schema_version", "bundle", "passed", "runs"]
+    assert list(verdict) == ["schema_version", "bundle", "passed", "runs", "quality"]
     assert (verdict["schema_version"], verdict["bundle"]) == (2, str(built("int4")))
     (run,) = verdict["runs"]
     keys = ["backend", "engine", "passed", "positions", "longest", "seconds", "checks", "notes"]
