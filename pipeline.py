@@ -17,7 +17,7 @@ from .build_report import BuildReport
 from .engines import engine_record, need_builder, write_engines
 from .export.calibration_text import TOKENS
 from .export.config import model_notes, stretch_note, transformers_config
-from .export.destination import check_destination, require_space, staged
+from .export.destination import check_destination, require_space, require_usable, staged
 from .export.families import FAMILIES
 from .export.genai_config import genai_config
 from .export.licences import duties, folder_licence, legal_files, legal_texts
@@ -101,6 +101,7 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildRepor
     clock.stage("open", f"Opening {options.model}")
     plan = plan_build(options, target, progress)
     need_builder(plan)
+    require_usable(place, force=options.force)
     prompts = _prompts(plan, options)
     limits = limits_of(options)
     if limits is None:

@@ -92,6 +92,19 @@ def _problem(place: Path, *, force: bool) -> str | None:
     return None if force else "holds a bundle already; pass --force to replace it, or name another folder"
 
 
+def require_usable(place: Path, *, force: bool) -> None:
+    """Make and remove a staging folder, so that what would end a build later ends it before its long work.
+
+    Raises as `staged`.
+    """
+    made = _make_parents(place)
+    try:
+        with _staging(place, force=force):
+            pass
+    finally:
+        _remove_empty(made)
+
+
 def require_space(path: Path, size: int) -> None:
     """Check that `size` bytes fit on the disk of `path`, which need not exist. Raises LlamaExportError when not."""
     free = _free(path)
@@ -240,7 +253,7 @@ def _publish(staging: Path, place: Path, *, force: bool) -> None:
         elif not _exchange(new, place):
             place.rename(staging / _OLD)
             new.rename(place)
-        _sync(place.parent)
+        sync(place.parent)
     except OSError as error:
         if error.errno in _FULL:
             raise _full(place) from error
@@ -266,11 +279,12 @@ def _sync_tree(folder: Path) -> None:
     """Bring every file to the disk, so that a power cut after the rename cannot leave a bundle of empty files."""
     for base, _, names in os.walk(folder, topdown=False):
         for name in names:
-            _sync(Path(base) / name)
-        _sync(Path(base))
+            sync(Path(base) / name)
+        sync(Path(base))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 from llama_export.build_options import BuildOptions
@@ -17,7 +17,18 @@ from support import faults, planted
 from support.checkpoints import write_weights_of_trained_size
 from support.hf_models import write_llama_folder
 
-Bundles = Callable[[str], Path]
+
+class Bundles(Protocol):
+    """A bundle of a kind. rounded: to nearest."""
+
+    def __call__(self, kind: str, *, rounded: bool = False) -> Path: ...
+
+
+class Plant(Protocol):
+    """A copy of such a bundle with a fault in it."""
+
+    def __call__(self, kind: str, fault: faults.Fault, *, rounded: bool = False) -> Path: ...
+
 
 PROMPTS = "The old lighthouse keeper climbed the stairs\nEvery evening at dusk\n"
 """Two, as many as it takes to read several at once: every fault is replayed on all of them."""
@@ -28,6 +39,8 @@ KINDS = {
     "trt int4": {"target": "jetson-orin", "precision": "int4", "jetpack": "7.2"},
     "primitive int4": {"target": "jetson-orin", "precision": "int4"},
 }
+ROUNDED = {kind: {**options, "method": "rtn"} for kind, options in KINDS.items() if options["precision"] == "int4"}
+"""The same in codes that a checkpoint tells."""
 ORT, FLOAT16 = ("ort fp32", "ort int4"), ("trt int4", "primitive int4")
 ATTENDS = {
     "ort fp32": "GroupQueryAttention",
@@ -45,10 +58,10 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
     write_weights_of_trained_size(folder / "llama")
     (folder / "prompts.txt").write_text(PROMPTS)
 
-    def bundle(kind: str) -> Path:
-        path = folder / kind.replace(" ", "-")
+    def bundle(kind: str, *, rounded: bool = False) -> Path:
+        path = folder / f"{kind.replace(' ', '-')}{'-rounded' * rounded}"
         if not path.exists():
-            options = {"context": 64, "prompts": folder / "prompts.txt", **KINDS[kind]}
+            options = {"context": 64, "prompts": folder / "prompts.txt", **(ROUNDED if rounded else KINDS)[kind]}
             build(BuildOptions(model=str(folder / "llama"), output=path, **options))
         return path
 
@@ -56,11 +69,12 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
 
 
 @pytest.fixture
-def plant(bundles: Bundles, tmp_path: Path) -> Callable[[str, faults.Fault], Path]:
+def plant(bundles: Bundles, tmp_path: Path) -> Plant:
     """A copy of the bundle of a kind with a fault in it."""
 
-    def planted_in(kind: str, fault: faults.Fault) -> Path:
-        copy = faults.copy_of(bundles(kind), tmp_path / "copy", changed=("model.onnx", faults.DATA))
+    def planted_in(kind: str, fault: faults.Fault, *, rounded: bool = False) -> Path:
+        name = "rounded" if rounded else "copy"
+        copy = faults.copy_of(bundles(kind, rounded=rounded), tmp_path / name, changed=("model.onnx", faults.DATA))
         fault(copy)
         return copy
 
@@ -88,7 +102,7 @@ def test_no_fault_is_no_place(kind: str, bundles: Bundles) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_wrong_theta(kind: str, plant: Callable[[str, faults.Fault], Path]) -> None:
+def test_a_wrong_theta(kind: str, plant: Plant) -> None:
     path = plant(kind, lambda bundle: planted.table(bundle, 12000.0))
     assert failing(path) >= {"weights", "full"}
     found = bisected(path)
@@ -104,7 +118,7 @@ def test_a_wrong_theta(kind: str, plant: Callable[[str, faults.Fault], Path]) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_exchanged_key_heads_in_the_graph(kind: str, plant: Callable[[str, faults.Fault], Path]) -> None:
+def test_exchanged_key_heads_in_the_graph(kind: str, plant: Plant) -> None:
     path = plant(kind, planted.exchange_key_heads)
     assert failing(path) == {"full"}
     found = bisected(path)
@@ -114,9 +128,9 @@ def test_exchanged_key_heads_in_the_graph(kind: str, plant: Callable[[str, fault
     assert any("keys after the rotary embedding already differ, values agree" in line for line in found.lines())
 
 
-def test_exchanged_key_heads_in_the_weights(bundles: Bundles, plant: Callable[[str, faults.Fault], Path]) -> None:
+def test_exchanged_key_heads_in_the_weights(bundles: Bundles, plant: Plant) -> None:
     def swap(bundle: Path) -> None:
-        for part in ("codes", "scales"):
+        for part in ("codes", "scales", "zeros"):
             faults.swap_rows(f"{planted.LAYER}.self_attn.q_k_v_proj.{part}", 96, 112, 16)(bundle)
 
     path = plant("ort int4", swap)
@@ -124,7 +138,10 @@ def test_exchanged_key_heads_in_the_weights(bundles: Bundles, plant: Callable[[s
     found = bisected(path)
     assert found.first is not None and (found.first.layer, found.first.place) == (1, "self_attn.k_proj.weight")
     assert [row for row in found.failed if row.kind != "weights"] == []  # the graph is right for what is stored
-    found = bisected(path, bundles("ort int4").parent / "llama")
+    llama = bundles("ort int4").parent / "llama"
+    found = bisected(path, llama)
+    assert found.first is not None and "all of it is far from the checkpoint's" in found.first.hint
+    found = bisected(plant("ort int4", swap, rounded=True), llama)
     assert found.first is not None and "32 of 32 rows" in found.first.hint
     graph = next(row for row in found.failed if row.kind != "weights")
     assert (graph.layer, graph.place, graph.hint) == (1, "k", "heads 0 and 1 exchanged")
@@ -132,7 +149,7 @@ def test_exchanged_key_heads_in_the_weights(bundles: Bundles, plant: Callable[[s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_missing_scale_of_attention(kind: str, plant: Callable[[str, faults.Fault], Path]) -> None:
+def test_a_missing_scale_of_attention(kind: str, plant: Plant) -> None:
     path = plant(kind, planted.no_scale)
     assert failing(path) == {"full"}
     found = bisected(path)
@@ -146,7 +163,7 @@ def test_a_missing_scale_of_attention(kind: str, plant: Callable[[str, faults.Fa
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_positions_one_too_late(kind: str, plant: Callable[[str, faults.Fault], Path]) -> None:
+def test_positions_one_too_late(kind: str, plant: Plant) -> None:
     path = plant(kind, planted.late_by_one)
     assert "full" in failing(path) and "weights" not in failing(path)
     found = bisected(path)
@@ -160,7 +177,7 @@ def test_positions_one_too_late(kind: str, plant: Callable[[str, faults.Fault], 
 
 
 @pytest.mark.parametrize(("kind", "value"), [(kind, 1e-6) for kind in ORT] + [(kind, 1e-2) for kind in FLOAT16])
-def test_a_wrong_epsilon_in_one_norm(kind: str, value: float, plant: Callable[[str, faults.Fault], Path]) -> None:
+def test_a_wrong_epsilon_in_one_norm(kind: str, value: float, plant: Plant) -> None:
     path = plant(kind, planted.epsilon(value))
     assert "weights" not in failing(path) and "shipped" not in failing(path)
     found = bisected(path)
@@ -170,7 +187,7 @@ def test_a_wrong_epsilon_in_one_norm(kind: str, value: float, plant: Callable[[s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_exchanged_gate_and_up(kind: str, plant: Callable[[str, faults.Fault], Path]) -> None:
+def test_exchanged_gate_and_up(kind: str, plant: Plant) -> None:
     path = plant(kind, planted.gate_and_up)
     assert failing(path) == {"full"}
     found = bisected(path)
@@ -180,13 +197,17 @@ def test_exchanged_gate_and_up(kind: str, plant: Callable[[str, faults.Fault], P
 
 
 @pytest.mark.parametrize("kind", ["ort int4", *FLOAT16])
-def test_a_bad_scale(kind: str, bundles: Bundles, plant: Callable[[str, faults.Fault], Path]) -> None:
+def test_a_bad_scale(kind: str, bundles: Bundles, plant: Plant) -> None:
     path = plant(kind, planted.bad_scale)
     assert "weights" in failing(path)
     found = bisected(path)
     assert found.first is not None and (found.first.layer, found.first.place) == (1, "mlp.down_proj.weight")
     assert f"{planted.LAYER}.mlp.down_proj.scales" in found.first.op
-    found = bisected(path, bundles(kind).parent / "llama")
+    llama = bundles(kind).parent / "llama"
+    found = bisected(path, llama)
+    assert found.first is not None and "by a factor of 1.5: its scale" in found.first.hint
+    assert "1 of 96 rows are far from the checkpoint's" in found.first.hint
+    found = bisected(plant(kind, planted.bad_scale, rounded=True), llama)
     assert found.first is not None and "by a factor of 1.5: its scale" in found.first.hint
     graph = next(row for row in found.failed if row.kind != "weights")
     assert (graph.layer, graph.place) == (1, "down")

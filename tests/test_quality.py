@@ -390,7 +390,6 @@ def test_a_text_of_ones_own_is_measured_on(tmp_path: Path) -> None:
         (None, UsageError, "There is no file"),
         (b"", UsageError, "is empty"),
         (b"\xff\xfe\x00", UsageError, "is not UTF-8"),
-        (b"A", LlamaExportError, "holds 1 tokens, but measuring quality takes 2"),
     ],
 )
 def test_a_text_that_is_none_is_refused_before_anything_is_made(
@@ -403,6 +402,15 @@ def test_a_text_that_is_none_is_refused_before_anything_is_made(
     with pytest.raises(error, match=told):
         made(tmp_path, model, precision="int4", quality_text=text)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_text_of_one_token_is_refused_where_nothing_stands_before_it(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("A")
+    source = open_source(str(write_llama_folder(tmp_path / "llama")))
+    assert [len(one) for one in quality_text(source, tmp_path / "text.txt", SHORT).windows] == [2]
+    alone = replace(source, tokens=replace(source.tokens, add_bos=False))
+    with pytest.raises(LlamaExportError, match="holds 1 tokens, but measuring quality takes 2"):
+        quality_text(alone, tmp_path / "text.txt", SHORT)
 
 
 def test_a_text_for_nothing_is_refused(tmp_path: Path) -> None:

@@ -397,10 +397,10 @@ def test_a_method_that_uses_the_statistics_keeps_more_of_the_model(tmp_path: Pat
     model = llama()
     text = text_of(model.config.vocab_size, *[48] * 24)
     tensors = source_tensors(model)
-    formats = {name: INT4 if len(tensor.shape) > 1 else FP32 for name, tensor in tensors.items()}
+    formats = {name: INT4 if "layers" in name and len(tensor.shape) > 1 else FP32 for name, tensor in tensors.items()}
     plain = quantised(run_of(model, Asked().method(), formats, text=text), tmp_path)
     better = quantised(run_of(model, Method("gptq", 1, "GPTQ", compensated), formats, text=text), tmp_path)
-    assert all(one < 0.8 * other for one, other in zip(better.errors, plain.errors, strict=True))
+    assert all(one < 0.85 * other for one, other in zip(better.errors, plain.errors, strict=True))
 
 
 def test_errors_are_those_of_the_hidden_states(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from .finding import Bisection, Row
 from .probe import Piece, Probe
 from .stored import compare_stored
 from .walk import Walk
-from .weights import SourceWeights, StoredWeights, Weights, source_weights
+from .weights import Known, NearWeights, SourceWeights, StoredWeights, Weights, source_weights
 
 _TOKENS, _SINGLE = 24, 4
 PREFILL, CHUNK, DECODE = "prefill", "chunk", "decode"
@@ -50,8 +50,7 @@ def bisect(
     rows: list[Row] = []
     if index is not None:
         progress.stage("Comparing the stored weights")
-        known = weights if isinstance(weights, SourceWeights) else None
-        rows += compare_stored(bundle, index, config, known, progress, count)
+        rows += compare_stored(bundle, index, config, _known(weights, source), progress, count)
     progress.stage("Comparing layer by layer")
     model = onnx.load_model_from_string(read_graph(bundle))
     ids = _text(bundle, index)
@@ -115,6 +114,12 @@ def _weights(bundle: Bundle, index: Index | None, source: Source | None) -> Weig
             "build the bundle again without --no-reference."
         )
     return StoredWeights(bundle, records)
+
+
+def _known(weights: Weights, source: Source | None) -> Known | None:
+    if isinstance(weights, SourceWeights) or source is None:
+        return weights if isinstance(weights, SourceWeights) else None
+    return NearWeights(source.tensors)
 
 
 def _retold(bundle: Bundle) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -85,6 +85,7 @@ class SourceWeights:
     formats: Mapping[str, Format]
     scale_dtype: npt.DTypeLike
     told: str
+    exact: ClassVar[bool] = True
 
     @property
     def tied(self) -> bool:
@@ -97,6 +98,21 @@ class SourceWeights:
 
     def rows(self, name: str, start: int, stop: int) -> Float32:
         return stored_values(self.tensors[name], self.formats[name], start, stop, self.scale_dtype)
+
+
+@dataclass(frozen=True)
+class NearWeights:
+    """A checkpoint's own tensors, near which a bundle's must be, where no checkpoint tells the codes that it stores."""
+
+    tensors: Mapping[str, SourceTensor]
+    exact: ClassVar[bool] = False
+
+    def rows(self, name: str, start: int, stop: int) -> Float32:
+        return self.tensors[name].read(start, stop)
+
+
+Known = SourceWeights | NearWeights
+"""What is known of a bundle's tensors from a checkpoint."""
 
 
 def source_weights(

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from ...errors import LlamaExportError, UsageError
 from ...runtime.hashing import sha256_of
+from ..destination import sync
 from ..safetensors_file import StoredTensor, open_file
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -51,7 +52,7 @@ class WorkFolder:
             digest = _write(part, arrays)
             found = self.path / f"{stem}-{digest[:_DIGITS]}.safetensors"
             part.replace(found)
-            _sync(self.path)
+            sync(self.path)
         except OSError as error:
             with contextlib.suppress(OSError):
                 part.unlink()
@@ -174,7 +175,7 @@ def _prepare(path: Path, key: str) -> None:
     except (OSError, ValueError):
         same = False
     for entry in path.iterdir():
-        if entry.name not in (_LOCK, _KEY) and not (same and entry.suffix == ".safetensors"):
+        if entry.name not in (_LOCK, _KEY) and not (same and entry.suffix == ".safetensors" and entry.is_file()):
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     if not same:
         part = path / f"{_KEY}.part"
@@ -215,14 +216,3 @@ def _write(path: Path, arrays: Arrays) -> str:
                 put(flat[start : start + _PIECE].data)
         os.fsync(file.fileno())
     return digest.hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # some file systems cannot sync a folder
-            raise
-    finally:
-        os.close(descriptor)
