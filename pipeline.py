@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import __version__, dialects
+from . import __version__, dialects, tables
 from .allocating import chosen
 from .build_options import BuildOptions
 from .build_report import BuildReport
@@ -48,6 +49,7 @@ from .runtime.threads import physical_cores
 from .targets.choice import choose
 from .targets.context import CACHE_BYTES, PREFILL_CHUNK
 from .targets.devices import load_target
+from .targets.host import memory_bytes
 from .targets.planner_weights import weights_of
 
 if TYPE_CHECKING:
@@ -62,10 +64,16 @@ if TYPE_CHECKING:
     from .runtime.proof.reference import WeightRecord
     from .runtime.quality import Quality
 
+# Threads of oneMKL, which PyTorch multiplies with on Intel, are to add in the same order every time, so that builds of
+# the same are equal byte for byte ("conditional numerical reproducibility"). It reads this when first it multiplies.
+os.environ.setdefault("MKL_CBWR", "AUTO")
+
 _TOOLS = (
     *("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy", "tokenizers", "gguf"),
     *("onnxruntime", "onnxruntime-gpu"),  # whichever of the two is here
 )
+_RUNNING = 1.3
+"""Bytes of memory that ONNX Runtime takes for each byte of weights, while it loads them."""
 _BESIDE_WEIGHTS = 64_000_000
 """Bytes for everything but the weights: graph, tokenizer, reference."""
 
@@ -151,6 +159,14 @@ def _made(
         *(options.output, manifest, plan.context, manifest.notes, written.losses, clock.stages),
         *(built, quality, plan.allocation),
     )
+
+
+def _too_large(data: Path) -> str:
+    """Why a model with these weights cannot be run here, "" where it can."""
+    needed, (_, free) = int(_RUNNING * data.stat().st_size), memory_bytes()
+    if not free or needed <= free:
+        return ""
+    return f"running it takes about {tables.size(needed)} of memory, but only {tables.size(free)} are free here"
 
 
 def _measuring_bytes(plan: BuildPlan) -> int:
@@ -383,7 +399,10 @@ def _write_quality(
     from .runtime.quality import Prediction  # noqa: PLC0415
 
     dtype = plan.made.activations
-    measurer = Measurer(plan.source, found.tensors, written.placements, folder, manifest, dtype, text, progress)
+    measurer = Measurer(
+        *(plan.source, found.tensors, written.placements, folder, manifest, dtype, text, progress),
+        cannot_run=_too_large(folder / DATA_FILE),
+    )
     expected = None if plan.allocation is None else Prediction(plan.allocation.kl, plan.stored)
     quality = measurer.quality(plan.method or OWN_CODES, expected)
     (folder / QUALITY_FILE).write_text(quality.to_json(), encoding="utf-8")

@@ -44,6 +44,9 @@ from .write import Placement
 OWN_CODES = "own codes"
 """The method of bundles that keep a checkpoint's."""
 
+_PIECE = 1 << 21
+"""Logits that are compared together: several arrays of as many are in memory then."""
+
 _LARGEST_NLL = 690.0
 """Whose exponential is a float64."""
 
@@ -54,6 +57,7 @@ class Measurer:
 
     source: with adapters merged in, where they are; those beside the weights are left out. stored: the tensors that
     were written. placements: where, see `write.placements`. activations: the dtype that the graph computes in.
+    cannot_run: why the bundle's own graph is not run here, "" where it is.
     """
 
     source: Source
@@ -64,6 +68,7 @@ class Measurer:
     activations: str
     text: QualityText
     progress: Progress
+    cannot_run: str = ""
 
     def quality(self, method: str, prediction: Prediction | None = None) -> Quality:
         """method: how weights were quantised. prediction: what was expected, where anything was.
@@ -73,7 +78,8 @@ class Measurer:
         give_back()  # what earlier stages freed
         tensors = self.source.tensors
         head = tensors[head_of(tensors)]
-        places = [*(start for start, _ in cuts(head)), head.shape[0]]
+        pieces = (first for start, stop in cuts(head) for first, _ in _pieces(start, stop, self._scored))
+        places = [*pieces, head.shape[0]]
         with KeptLogits(self.folder.parent, self._scored, places) as kept:
             shipped = self._shipped(kept)
             give_back()
@@ -91,6 +97,8 @@ class Measurer:
 
     def _shipped(self, kept: KeptLogits) -> Shipped | str:
         """Put what runs here through the text; what computed it, or why it cannot."""
+        if self.cannot_run:
+            return self.cannot_run
         # This takes no GPU: ONNX Runtime's CPU kernels run the same graph.
         bundle = Bundle(self.folder, replace(self.manifest, providers=(CPU_PROVIDER,)), manifest_sha256="")
         try:
@@ -198,11 +206,11 @@ class Comparison:
             self._original = logits
             return
         assert self._original is not None
-        original, stored = (torch.from_numpy(one)[self.scored] for one in (self._original, logits))
-        others = [stored]
-        if self.kept is not None:
-            others.append(torch.from_numpy(self.kept.piece(start, start + len(rows))))
-        self.divergences.add(start, original, others)
+        for first, last in _pieces(start, start + len(rows), len(self.scored)):
+            both = (one[:, first - start : last - start] for one in (self._original, logits))
+            original, stored = (torch.from_numpy(one)[self.scored] for one in both)
+            kept = [] if self.kept is None else [torch.from_numpy(self.kept.piece(first, last))]
+            self.divergences.add(first, original, [stored, *kept])
 
     def end(self, shipped: Shipped | str) -> End:
         """Everything has passed. shipped: what computed the logits that were kept, or why there are none."""
@@ -224,6 +232,13 @@ class Comparison:
             rounded(float(apart.same.mean())),
             _perplexity(apart.nll),
         )
+
+
+def _pieces(start: int, stop: int, rows: int) -> Iterator[tuple[int, int]]:
+    """Parts of the vocabulary [start, stop) whose logits at so many places are compared together."""
+    step = max(1, _PIECE // max(1, rows))
+    for first in range(start, stop, step):
+        yield first, min(stop, first + step)
 
 
 def _perplexity(nll: Float64) -> float:

@@ -78,7 +78,7 @@ def found(backend: OnnxRuntimeBackend) -> np.ndarray:
 
 
 def test_each_adapter_beside_the_weights_equals_peft(place: Path, beside: Bundle) -> None:
-    backend = OnnxRuntimeBackend(beside, threads=2)
+    backend = OnnxRuntimeBackend(beside, threads=1)
     base, one = merged_by_peft(place / "llama"), merged_by_peft(place / "llama", place / "one")
     expected = {None: logits_of(base), "one": logits_of(one)}
     for name in (None, "one", None, "one"):
@@ -92,14 +92,14 @@ def test_the_weight_of_an_adapter_is_part_of_it(place: Path, beside: Bundle) -> 
     half = base.state_dict()
     for name, value in whole.state_dict().items():
         half[name].add_(value - half[name], alpha=0.5)
-    backend = OnnxRuntimeBackend(beside, threads=2, adapter="two")
+    backend = OnnxRuntimeBackend(beside, threads=1, adapter="two")
     assert np.abs(found(backend) - logits_of(base)).max() < 1e-4
 
 
 def test_merged_adapters_equal_peft(place: Path) -> None:
     bundle = built(place, "merged", MERGE, "one", "two", precision="fp32", reference=False)
     expected = logits_of(merged_by_peft(place / "llama", place / "one", place / "two"))
-    assert np.abs(found(OnnxRuntimeBackend(bundle, threads=2)) - expected).max() < 1e-4
+    assert np.abs(found(OnnxRuntimeBackend(bundle, threads=1)) - expected).max() < 1e-4
     assert [(one.name, one.file, one.weight) for one in bundle.manifest.adapters] == [
         ("one", None, 1.0),
         ("two", None, 1.0),
@@ -136,7 +136,7 @@ def test_an_adapter_that_diverged_is_named(value: float, place: Path, tmp_path: 
 
 
 def verdict(bundle: Bundle) -> Verdict:
-    return verify(bundle, check_hashes=True, threads=2, progress=Silent())
+    return verify(bundle, check_hashes=True, threads=1, progress=Silent())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
@@ -153,7 +153,7 @@ def test_what_no_reference_is_about_is_told(place: Path, beside: Bundle, tmp_pat
     assert not any("no reference" in note for note in verdict(beside).notes)
     bare = built(place, "bare", RUNTIME, "one", "two:0.5", precision="fp32", reference=False)
     found = verify(
-        bare, check_hashes=True, threads=2, progress=Silent(), references=[beside.file(reference_file(EXACT))]
+        bare, check_hashes=True, threads=1, progress=Silent(), references=[beside.file(reference_file(EXACT))]
     )
     assert found.passed
     told = [note for note in found.notes if "no reference of the adapter" in note]
@@ -196,14 +196,14 @@ def test_the_same_adapters_give_the_same_bytes(place: Path, beside: Bundle) -> N
 
 
 def test_models_change_their_adapter(beside: Bundle) -> None:
-    model, options = load(beside.path, threads=2), GenerationOptions(max_new_tokens=12)
+    model, options = load(beside.path, threads=1), GenerationOptions(max_new_tokens=12)
     assert model.adapters == ("one", "two")
     plain = model.generate("once", options)
     model.use_adapter("two")
     changed = model.generate("once", options)
     model.use_adapter(None)
     assert model.generate("once", options, reuse=True).token_ids == plain.token_ids != changed.token_ids
-    assert load(beside.path, threads=2, adapter="two").generate("once", options).token_ids == changed.token_ids
+    assert load(beside.path, threads=1, adapter="two").generate("once", options).token_ids == changed.token_ids
 
 
 def test_the_command_takes_a_name(beside: Bundle, place: Path) -> None:

@@ -37,7 +37,7 @@ def built(folder: Path, variant: str, **options: Any) -> Path:
 
 
 def assert_sound(path: Path) -> Bisection:
-    found = bisect(open_bundle(path), threads=2)
+    found = bisect(open_bundle(path), threads=1)
     assert found.passed, "\n".join(found.lines())
     whole = [row for row in found.rows if row.kind == CUMULATIVE]
     assert whole and all(row.passed for row in whole)

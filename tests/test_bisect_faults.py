@@ -83,13 +83,13 @@ def plant(bundles: Bundles, tmp_path: Path) -> Plant:
 
 def failing(path: Path) -> set[str]:
     """Which of the lines that look for faults fail."""
-    verdict = verify(path, check_hashes=False, threads=2, progress=Silent())
+    verdict = verify(path, check_hashes=False, threads=1, progress=Silent())
     return {check.id for check in verdict.checks if not check.passed} & {"weights", "full", "shipped"}
 
 
 def bisected(path: Path, model: Path | None = None) -> Bisection:
     source = None if model is None else open_source(str(model))
-    return bisect(open_bundle(path), source=source, threads=2)
+    return bisect(open_bundle(path), source=source, threads=1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

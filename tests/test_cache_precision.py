@@ -235,7 +235,7 @@ def test_a_batch_of_two_lengths_computes_with_the_rounded_cache(built: Path, che
 
 
 def verdict_of(bundle: Path) -> Verdict:
-    return verify(open_bundle(bundle), check_hashes=False, threads=2, progress=Silent())
+    return verify(open_bundle(bundle), check_hashes=False, threads=1, progress=Silent())
 
 
 def failed(verdict: Verdict) -> set[str]:

@@ -312,7 +312,7 @@ def test_a_bundle_of_a_relative_is_built_and_verified(model_type: str, tmp_path:
     assert any("the latest 5 tokens" in note for note in report.manifest.notes) == slides
     assert report.manifest.minimum["onnxruntime"] == ("1.24.0" if slides else "1.23.2")
     bundle = open_bundle(tmp_path / "bundle")
-    assert verify(bundle, check_hashes=True, threads=2, progress=Silent()).passed
+    assert verify(bundle, check_hashes=True, threads=1, progress=Silent()).passed
 
 
 def test_a_stretched_context_is_built_and_told(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def bundle(built: Callable[[str], Path], tmp_path: Path) -> Path:
 
 
 def verdict_of(bundle: Path) -> Verdict:
-    return verify(open_bundle(bundle), check_hashes=False, threads=2, progress=Silent())
+    return verify(open_bundle(bundle), check_hashes=False, threads=1, progress=Silent())
 
 
 def failed(verdict: Verdict) -> set[str]:
@@ -117,7 +117,7 @@ def test_a_reference_that_is_made_apart_has_them_too(folder: Path, bundle: Path,
     make_reference(ReferenceOptions(str(folder / "llama"), out, bundle=bundle, exact=True, new_tokens=2))
     assert load_index(out).inputs == index_of(bundle).inputs
     number(f"{DOWN}.input_scale", lambda scale: 3 * scale)(bundle)
-    verdict = verify(open_bundle(bundle), check_hashes=False, threads=2, progress=Silent(), references=[out])
+    verdict = verify(open_bundle(bundle), check_hashes=False, threads=1, progress=Silent(), references=[out])
     assert "weights" in failed(verdict)
 
 
@@ -318,9 +318,9 @@ def test_a_reference_whose_scales_cannot_be_is_refused(bundle: Path, scale: floa
 
 
 def test_a_bisection_names_it_too(bundle: Path) -> None:
-    assert bisect(open_bundle(bundle), threads=2).passed
+    assert bisect(open_bundle(bundle), threads=1).passed
     number(f"{DOWN}.input_scale", lambda scale: 3 * scale)(bundle)
-    found = bisect(open_bundle(bundle), threads=2)
+    found = bisect(open_bundle(bundle), threads=1)
     (row,) = found.failed
     assert found.first == row
     assert (row.layer, row.place, row.op) == (1, "mlp.down_proj.weight", "rounding of activations")

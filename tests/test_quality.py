@@ -406,9 +406,9 @@ def test_a_text_that_is_none_is_refused_before_anything_is_made(
 
 def test_a_text_of_one_token_is_refused_where_nothing_stands_before_it(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("A")
-    source = open_source(str(write_llama_folder(tmp_path / "llama")))
-    assert [len(one) for one in quality_text(source, tmp_path / "text.txt", SHORT).windows] == [2]
-    alone = replace(source, tokens=replace(source.tokens, add_bos=False))
+    begun = open_source(str(write_llama_folder(tmp_path / "begun")))
+    assert [len(one) for one in quality_text(begun, tmp_path / "text.txt", SHORT).windows] == [2]
+    alone = open_source(str(write_llama_folder(tmp_path / "alone", add_bos=False)))
     with pytest.raises(LlamaExportError, match="holds 1 tokens, but measuring quality takes 2"):
         quality_text(alone, tmp_path / "text.txt", SHORT)
 

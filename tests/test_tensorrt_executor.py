@@ -137,7 +137,7 @@ def test_the_cache_grows_with_a_text_and_shrinks_for_the_next(tmp_path: Path, op
     bundle = long_context(tmp_path)
     assert buckets(603) == (256, 603)
     prompts = [[256, *(index * 7 % 256 for index in range(count))] for count in (240, 3, 590, 5)]
-    expected, logits = texts(onnxruntime_executor(bundle, threads=2), bundle, prompts[:2], 30)
+    expected, logits = texts(onnxruntime_executor(bundle, threads=1), bundle, prompts[:2], 30)
     executor, cuda, _ = opened(bundle)
     written, found = texts(executor, bundle, prompts[:2], 30)
     assert written == expected
@@ -146,7 +146,7 @@ def test_the_cache_grows_with_a_text_and_shrinks_for_the_next(tmp_path: Path, op
     before = cuda.used
     assert (
         texts(executor, bundle, prompts[2:], 10)[0]
-        == texts(onnxruntime_executor(bundle, threads=2), bundle, prompts[2:], 10)[0]
+        == texts(onnxruntime_executor(bundle, threads=1), bundle, prompts[2:], 10)[0]
     )
     assert cuda.used == before  # all was reserved at the start
 
@@ -156,7 +156,7 @@ def test_growing_goes_on_where_it_was_interrupted(
 ) -> None:
     bundle = long_context(tmp_path)
     prompt = [256, *(index * 11 % 256 for index in range(249))]
-    expected = texts(onnxruntime_executor(bundle, threads=2), bundle, [prompt], 12)[0]
+    expected = texts(onnxruntime_executor(bundle, threads=1), bundle, [prompt], 12)[0]
     executor, _, _ = opened(bundle)
     backend = StepBackend(bundle, executor)
     tokens = [int(backend.extend(prompt)[-1].argmax())]
@@ -338,7 +338,7 @@ def test_the_fake_sees_faults(
     """What these tests rest on: each of these would be a wrong text or a crash on a GPU."""
     bundle = long_context(tmp_path)
     prompt = [256, *(index * 7 % 256 for index in range(240))]
-    expected = texts(onnxruntime_executor(bundle, threads=2), bundle, [prompt], 24)[0]
+    expected = texts(onnxruntime_executor(bundle, threads=1), bundle, [prompt], 24)[0]
     monkeypatch.setattr(where, name, instead)
     cuda = FakeCuda()
     try:

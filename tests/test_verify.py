@@ -139,7 +139,7 @@ def test_the_report_for_programs_is_stable(built: Built, tmp_path: Path) -> None
 @pytest.mark.parametrize("hashes", [True, False])
 def test_what_is_planned_is_what_is_asked(hashes: bool, built: Built) -> None:
     bundle = open_bundle(built("int4"))
-    verdict = verify(bundle, check_hashes=hashes, threads=2, progress=Silent(), max_kl=9.0)
+    verdict = verify(bundle, check_hashes=hashes, threads=1, progress=Silent(), max_kl=9.0)
     asked = [
         (check.id, case.way, case.prompt, gate.figure)
         for check in verdict.checks
@@ -152,7 +152,7 @@ def test_what_is_planned_is_what_is_asked(hashes: bool, built: Built) -> None:
 
 
 def test_worst_positions_and_curves_are_told(built: Built) -> None:
-    verdict = verify(open_bundle(built("int4")), check_hashes=False, threads=2, progress=Silent())
+    verdict = verify(open_bundle(built("int4")), check_hashes=False, threads=1, progress=Silent())
     prompts = {prompt.name: prompt for prompt in index_of(built("int4")).prompts}
     cost = next(check for check in verdict.checks if check.id == "cost")
     for case in cost.cases:
@@ -322,7 +322,7 @@ def test_a_fault_that_only_the_shipped_kernels_have(built: Built, monkeypatch: p
         return logits if backend.length < 40 else np.roll(logits, 1, axis=1)
 
     monkeypatch.setattr(verification.OnnxRuntimeBackend, "extend", forgetful)
-    verdict = verify(open_bundle(built("int4")), check_hashes=False, threads=2, progress=Silent())
+    verdict = verify(open_bundle(built("int4")), check_hashes=False, threads=1, progress=Silent())
     passed = {check.id: check.passed for check in verdict.checks}
     assert passed == {"weights": True, "full": True, "layers": True, "shipped": False, "cost": False}
 
