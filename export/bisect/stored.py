@@ -130,13 +130,13 @@ def _block(record: WeightRecord, got: Float32, want: Float32, differs: np.ndarra
 
 def _astray(record: WeightRecord, parts: Iterator[Float32], right: _Right) -> str:
     """Which rows and blocks are much farther from the values that were quantised than the rest of the tensor is."""
-    factors, errors = [], []
+    start, factors, errors = 0, list[Float32](), list[Float32]()
     for part in parts:
-        start = sum(map(len, errors))
         want = right.rows(start, start + len(part)).reshape(part.shape)
         factor, error = _fits(part, want, _block_of(record) or part.shape[1])
         factors.append(factor)
         errors.append(error)
+        start += len(part)
     factor, error = np.concatenate(factors), np.concatenate(errors)
     usual = float(np.median(error))
     if not usual < _NEAR:
