@@ -50,9 +50,9 @@ class _Grid:
         return int(2**self.format.bits) - 1
 
     def wide(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scales and zero points of each column, [rows, columns]."""
+        """Scales and zero points of each column, [columns, rows]: the steps go from column to column."""
         block = self.format.block
-        return self.scales.repeat_interleave(block, 1), self.zeros.repeat_interleave(block, 1)
+        return self.scales.T.repeat_interleave(block, 0), self.zeros.T.repeat_interleave(block, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +116,7 @@ def gptq(weight: torch.Tensor, inputs: Inputs, format: Format, *, rounds: int = 
     for _ in range(rounds):
         _fit_scales(weight, inputs.hessian, grid, codes)
         _descend(weight, inputs.hessian, grid, codes)
-    stored = (codes + grid.wide()[1]).to(torch.uint8).cpu().numpy()
+    stored = (codes + grid.wide()[1]).T.to(torch.uint8).contiguous().cpu().numpy()
     return above_zero(Blocks(format, stored, grid.scales.cpu().numpy(), found.zeros))
 
 
@@ -128,29 +128,29 @@ def _damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
 
 
 def _compensated(weight: torch.Tensor, inputs: Inputs, grid: _Grid) -> torch.Tensor:
-    """GPTQ: round a column, and let the columns that are not rounded yet make up for it. Codes less zero points."""
+    """GPTQ: round a column, and let the columns that are not rounded yet make up for it. Returns codes less zero
+    points, [columns, rows].
+    """
     order, upper = inputs.order, inputs.upper
-    left = weight[:, order]
-    scales, zeros = (part[:, order] for part in grid.wide())
+    left = weight.T[order]
+    scales, zeros = (part[order] for part in grid.wide())
     lowest, highest = -zeros, grid.top - zeros
     codes = torch.empty_like(left)
-    for start in range(0, left.shape[1], _CHUNK):
-        stop = min(left.shape[1], start + _CHUNK)
-        factor = upper[start:stop, start:stop]
-        chunk, errors = left[:, start:stop].T.contiguous(), torch.empty(stop - start, len(left), device=left.device)
+    for start in range(0, len(left), _CHUNK):
+        stop = min(len(left), start + _CHUNK)
+        factor, chunk = upper[start:stop, start:stop], left[start:stop]
+        errors = torch.empty_like(chunk)
         for at in range(stop - start):
-            column, scale = chunk[at], scales[:, start + at]
-            code = torch.minimum(
-                torch.maximum((column / scale).round_(), lowest[:, start + at]), highest[:, start + at]
-            )
-            codes[:, start + at] = code
+            column, scale = chunk[at], scales[start + at]
+            code = (column / scale).round_().clamp_(lowest[start + at], highest[start + at])
+            codes[start + at] = code
             errors[at] = (column - code * scale) / factor[at, at]
             if at + 1 < stop - start:
                 chunk[at + 1 :].addr_(factor[at, at + 1 :], errors[at], alpha=-1)
-        left[:, stop:].addmm_(errors.T, upper[start:stop, stop:], alpha=-1)
+        left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
-    return codes[:, back]
+    return codes[back]
 
 
 def _inverse_factor(hessian: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -175,17 +175,16 @@ def _inverse_factor(hessian: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 def _fit_scales(weight: torch.Tensor, hessian: torch.Tensor, grid: _Grid, codes: torch.Tensor) -> None:
     """Set each block's scale, one after another, to the best for the codes and the other blocks."""
     block = grid.format.block
-    values = codes * grid.wide()[0]
-    pull = (weight - values) @ hessian
+    pull = hessian @ (weight.T - codes * grid.wide()[0])
     for number in range(grid.scales.shape[1]):
         span = slice(number * block, (number + 1) * block)
-        part, old = codes[:, span], grid.scales[:, number]
-        best = old + (part * pull[:, span]).sum(1) / (part * (part @ hessian[span, span])).sum(1)
+        part, old = codes[span], grid.scales[:, number]
+        best = old + (part * pull[span]).sum(0) / (part * (hessian[span, span] @ part)).sum(0)
         if grid.format.half:
             best = torch.from_numpy(half_scales(best.cpu().numpy())).to(best.device)
         sound = torch.isfinite(best) & (best * old > 0)
         best = torch.where(sound, best, old)
-        pull -= (part * (best - old)[:, None]) @ hessian[span]
+        pull.addmm_(hessian[:, span], part * (best - old), alpha=-1)
         grid.scales[:, number] = best
 
 
@@ -193,7 +192,7 @@ def _descend(weight: torch.Tensor, hessian: torch.Tensor, grid: _Grid, codes: to
     """Set each code, one after another, to the best beside all others."""
     scales, zeros = grid.wide()
     lowest, highest = -zeros, grid.top - zeros
-    pull = ((weight - codes * scales) @ hessian).T.contiguous()
+    pull = hessian @ (weight.T - codes * scales)
     own = hessian.diagonal()
     for start in range(0, len(own), _CHUNK):
         stop = min(len(own), start + _CHUNK)
@@ -201,10 +200,9 @@ def _descend(weight: torch.Tensor, hessian: torch.Tensor, grid: _Grid, codes: to
         changes = torch.zeros_like(here)
         for at in range(stop - start):
             column = start + at
-            scale, old = scales[:, column], codes[:, column]
-            code = (old + here[at] / (own[column] * scale)).round_()
-            code = torch.clamp(code, lowest[:, column], highest[:, column])
+            scale, old = scales[column], codes[column]
+            code = (old + here[at] / (own[column] * scale)).round_().clamp_(lowest[column], highest[column])
             changes[at] = (code - old) * scale
-            codes[:, column] = code
+            codes[column] = code
             here.addr_(near[at], changes[at], alpha=-1)
-        pull -= hessian[:, start:stop] @ changes
+        pull.addmm_(hessian[:, start:stop], changes, alpha=-1)
