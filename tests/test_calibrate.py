@@ -436,13 +436,13 @@ def peak_mb(folder: Path, text: Path) -> float:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 def test_one_layer_is_in_memory_however_many_there_are(tmp_path: Path) -> None:
-    text = written(tmp_path, SENTENCE * 3)
+    text = written(tmp_path, SENTENCE * 6)
     sizes = {"hidden": 512, "heads": 8, "kv_heads": 4, "ffn": 2048, "dtype": "bfloat16"}
-    few, many = 2, 16
+    few, many = 2, 32
     shallow = peak_mb(write_llama_folder(tmp_path / "shallow", layers=few, **sizes), text)
     deep = write_llama_folder(tmp_path / "deep", layers=many, **sizes)
     layer = 4 * (3 * 512 * 2048 + 3 * 512 * 512) / 1e6  # MB
     peak = peak_mb(deep, text)
     print(f"{few} layers {shallow:.0f} MB, {many} layers {peak:.0f} MB; one layer is {layer:.0f} MB")
-    assert (many - few) * layer > 150
+    assert (many - few) * layer > 400
     assert peak < shallow + 5 * layer  # room for the allocator

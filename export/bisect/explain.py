@@ -15,9 +15,9 @@ Attempt = tuple[str, Callable[[], Tensor]]
 _SHIFTS = (1, -1, 2, -2)
 _MOST_HEADS = 16
 """Beyond it, pairs of heads are too many to try."""
-_NEAR = 5e-3
-"""Of the largest magnitude: an attempt that comes so near is told, if it is also a tenth of the difference. Attention
-without its scale differs so much by float16's rounding alone.
+_NEAR, _NEAR_HALF = 1e-3, 5e-3
+"""Of the largest magnitude: an attempt that comes so near is told, if it is also a tenth of the difference. The second
+is for numbers in float16: attention without its scale differs so much by rounding alone.
 """
 
 
@@ -25,8 +25,9 @@ def fitting(got: Tensor, want: Tensor, attempts: Iterable[Attempt]) -> str:
     """The first attempt that gives `got`, "" where none does; `want` is PyTorch's."""
     size = float(want.abs().max()) or 1.0
     before = float((got - want).abs().max()) / size
+    near = _NEAR_HALF if torch.equal(got, got.half().to(got.dtype)) else _NEAR
     for told, attempt in attempts:
-        if not float((got - attempt()).abs().max()) / size > min(_NEAR, before / 10):
+        if not float((got - attempt()).abs().max()) / size > min(near, before / 10):
             return told
     return ""
 
