@@ -7,7 +7,8 @@ SOURCE is a GGUF file or a Hugging Face folder. A model that comes from a 4-bit 
 loss, so quality cannot be measured on it. Here each norm's weights are folded into the projections that follow (the
 last norm's only where the head is not tied), and random positive scales are moved between v and o, channel by channel
 of the KV heads, and between up and down. The logits of both are compared in PyTorch, and must agree to 1e-4 or nothing
-is left: in float64, since float32's own roundings on the way make as much as 3e-4 of SmolLM2's logits of up to 38.
+is left: in float64 and before the weights are rounded to float32, in which they are written; that alone makes as much
+as 1.5e-4 of SmolLM2's logits of up to 38.
 
 With --outliers SOURCE is the name of a published shape (checkpoints.py), and what is written is a Llama of random
 weights some of whose residual channels are 20 to 100 times as large as the others, as in trained models of billions of
@@ -43,6 +44,7 @@ else:
 
 Float64 = NDArray[np.float64]
 Weights = dict[str, Float32]
+Exact = dict[str, Float64]
 Scales = Callable[[np.random.Generator, int], Float32]
 """Random positive scales: the generator and how many -> float32 [count]."""
 
@@ -65,9 +67,9 @@ def log_uniform(ratio: float) -> Scales:
     return lambda generator, count: np.exp(generator.uniform(-bound, bound, count)).astype(np.float32)
 
 
-def off_grid(weights: Mapping[str, Float32], shape: ModelShape, scales: Scales, seed: int) -> Weights:
+def off_grid(weights: Mapping[str, Float32], shape: ModelShape, scales: Scales, seed: int) -> Exact:
     """The weights of a model that computes the same, by Hugging Face names; none are changed in place."""
-    result = dict(weights)
+    result: Exact = {name: values.astype(np.float64) for name, values in weights.items()}
     for number in range(shape.layers):
         layer = f"model.layers.{number}."
         attention, mlp = f"{layer}self_attn.", f"{layer}mlp."
@@ -85,14 +87,14 @@ def off_grid(weights: Mapping[str, Float32], shape: ModelShape, scales: Scales, 
     return result
 
 
-def _fold(weights: Weights, norm: str, consumers: Iterable[str]) -> None:
+def _fold(weights: Exact, norm: str, consumers: Iterable[str]) -> None:
     """Multiply the columns of the projections after a norm by its weights, and make those 1."""
     for name in consumers:
         weights[f"{name}.weight"] = weights[f"{name}.weight"] * weights[norm]
     weights[norm] = np.ones_like(weights[norm])
 
 
-def _move(weights: Weights, producer: str, rows: Float32, consumer: str, columns: Float32) -> None:
+def _move(weights: Exact, producer: str, rows: Float32, consumer: str, columns: Float32) -> None:
     """Multiply what `producer` gives by `rows`, and divide what `consumer` takes by `columns`."""
     weights[f"{producer}.weight"] = weights[f"{producer}.weight"] * rows[:, None]
     if f"{producer}.bias" in weights:
@@ -146,7 +148,7 @@ def read_weights(source: Source) -> Weights:
     return {name: tensor.read(0, tensor.shape[0]) for name, tensor in source.tensors.items()}
 
 
-def logits(config: Mapping[str, Any], weights: Mapping[str, Float32], windows: NDArray[np.int64]) -> Float64:
+def logits(config: Mapping[str, Any], weights: Mapping[str, Float32 | Float64], windows: NDArray[np.int64]) -> Float64:
     """transformers' logits for windows of token ids [windows, length]: float64 [windows, length, vocab]."""
     import torch  # noqa: PLC0415 (seconds, and only the check needs it)
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
@@ -163,7 +165,7 @@ def logits(config: Mapping[str, Any], weights: Mapping[str, Float32], windows: N
 
 
 def largest_difference(
-    config: Mapping[str, Any], weights: Mapping[str, Float32], others: Mapping[str, Float32]
+    config: Mapping[str, Any], weights: Mapping[str, Float32], others: Mapping[str, Float64]
 ) -> float:
     """The largest difference of a logit that two sets of weights make of CHECKED_TOKENS random tokens."""
     vocab = ModelShape.from_config(config).vocab
@@ -208,7 +210,7 @@ def write_off_grid(model: str, folder: Path, scales: Scales, seed: int) -> float
             f"The logits of {model} and of the model off the grid differ by {difference:.2g}, which may be "
             f"{TOLERANCE:g} at most; take a smaller --sigma."
         )
-    write_folder(source, others, folder)
+    write_folder(source, {name: values.astype(np.float32) for name, values in others.items()}, folder)
     return difference
 
 
