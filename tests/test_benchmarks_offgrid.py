@@ -63,9 +63,9 @@ def test_a_model_that_computes_something_else_is_refused_and_leaves_nothing(
 ) -> None:
     right = offgrid.off_grid
 
-    def wrong(*given: object) -> offgrid.Weights:
+    def wrong(*given: object) -> offgrid.Exact:
         result = right(*given)
-        result["model.layers.1.mlp.up_proj.weight"] = result["model.layers.1.mlp.up_proj.weight"] * np.float32(1.01)
+        result["model.layers.1.mlp.up_proj.weight"] = result["model.layers.1.mlp.up_proj.weight"] * 1.01
         return result
 
     monkeypatch.setattr(offgrid, "off_grid", wrong)

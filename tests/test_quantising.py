@@ -395,12 +395,12 @@ def compensated(weight: torch.Tensor, statistics: Statistics, format: Format) ->
 
 def test_a_method_that_uses_the_statistics_keeps_more_of_the_model(tmp_path: Path) -> None:
     model = llama()
-    text = text_of(model.config.vocab_size, *[48] * 24)
+    text = text_of(32, *[48] * 24)  # few of the tokens: of all, a random model makes inputs that hardly tell any way
     tensors = source_tensors(model)
     formats = {name: INT4 if "layers" in name and len(tensor.shape) > 1 else FP32 for name, tensor in tensors.items()}
     plain = quantised(run_of(model, Asked().method(), formats, text=text), tmp_path)
     better = quantised(run_of(model, Method("gptq", 1, "GPTQ", compensated), formats, text=text), tmp_path)
-    assert all(one < 0.85 * other for one, other in zip(better.errors, plain.errors, strict=True))
+    assert all(one < 0.65 * other for one, other in zip(better.errors, plain.errors, strict=True))
 
 
 def test_errors_are_those_of_the_hidden_states(tmp_path: Path) -> None:
