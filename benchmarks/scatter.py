@@ -139,14 +139,21 @@ def scatter(points: Sequence[Point], title: str, x: str, y: str, *, joined: str)
         across, name = scale.across(point.x), names[point.group]
         ends = f'y1="{scale.down(point.low):.1f}" x2="{across:.1f}" y2="{scale.down(point.high):.1f}"'
         body.append(f'<line class="bar {name}" x1="{across:.1f}" {ends}/>')
-        told = f"{point.label}: {point.x:.1f}, {point.y:.3g} ({point.low:.3g} to {point.high:.3g})"
         circle = f'<circle class="{name} dot" cx="{across:.1f}" cy="{scale.down(point.y):.1f}" r="4">'
-        body.append(f"{circle}<title>{escape(told)}</title></circle>")
+        body.append(f"{circle}<title>{escape(_told(point))}</title></circle>")
         body.append(f'<text x="{left:.1f}" y="{base:.1f}">{escape(point.label)}</text>')
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="title">'
+    labelled = 'role="img" aria-labelledby="title description"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" {labelled}>'
+    listed = escape(f"{y} by {x}: " + "; ".join(map(_told, points)))
     page = f'<rect class="page" x="0.5" y="0.5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="10"/>'
-    parts = [head, f'<title id="title">{escape(title)}</title>', _styles(len(groups)), page, *body]
+    told = (f'<title id="title">{escape(title)}</title>', f'<desc id="description">{listed}.</desc>')
+    parts = [head, *told, _styles(len(groups)), page, *body]
     return "\n  ".join(parts) + "\n</svg>\n"
+
+
+def _told(point: Point) -> str:
+    """A point in words, for those who do not see it, and under the pointer."""
+    return f"{point.label}: {point.x:.1f}, {point.y:.3g} ({point.low:.3g} to {point.high:.3g})"
 
 
 def _styles(count: int) -> str:
