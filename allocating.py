@@ -142,6 +142,7 @@ def sensitivities(
         "context": plan.context.context,
         "scales": plan.made.activations,
         "nearest": plan.method == RTN,
+        "scaling": not plan.beside,
         "candidates": {name: [(one.name, one.positive) for one in formats] for name, formats in candidates.items()},
     }
     path = place.parent / f".{place.name}.sensitivity"

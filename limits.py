@@ -89,9 +89,9 @@ class Allocation:
         """Raises LlamaExportError where the files that hold the model are larger than the budget."""
         if self.limits.budget is not None and count > self.limits.budget:
             raise LlamaExportError(
-                f"model.onnx and model.onnx.data are {size(count)}, above --budget {told_size(self.limits.budget)}, "
-                f"where {size(self.bytes)} were planned at most; ask for --budget "
-                f"{told_size(2 * self.limits.budget - count)}, and report this as a mistake of ours."
+                f"model.onnx and model.onnx.data take {count:,} bytes, above the {self.limits.budget:,} of --budget, "
+                f"where {self.bytes:,} were planned at most; ask for {count - self.limits.budget:,} bytes less, and "
+                "report this as a mistake of ours."
             )
 
     def check_kl(self, kl: float) -> None:

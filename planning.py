@@ -177,7 +177,11 @@ def _method(options: BuildOptions, tensors: Mapping[str, SourceTensor], formats:
     """How weights are quantised: as asked for, else the best that there is with what was given."""
     blocks = {name for name, tensor in tensors.items() if ours(tensor, formats[name])}
     solved = blocks - ({EMBEDDING} - {head_of(tensors)})  # no text tells of rows that are looked up
-    if (options.method == GPTQ and not solved) or (options.method == SEARCH and not blocks):
+    asked = options.method
+    unused = (asked == GPTQ and not solved) or (asked == SEARCH and not blocks)
+    if unused and options.precision == AUTO:  # chose formats that need no method, which is as good as it gets
+        asked = None
+    elif unused:
         raise UsageError(
             f"--method {options.method} is for weights that are quantised to blocks of integers here, and none are: "
             "leave it out, or add --precision, such as int4."
@@ -185,7 +189,7 @@ def _method(options: BuildOptions, tensors: Mapping[str, SourceTensor], formats:
     if options.method == GPTQ and options.calibrate is None:
         raise UsageError(f"--method {GPTQ} learns from a text: add --calibrate FILE, or --calibrate {BUILT_IN}.")
     if blocks:
-        return options.method or (GPTQ if solved and options.calibrate is not None else SEARCH)
+        return asked or (GPTQ if solved and options.calibrate is not None else SEARCH)
     rounded = any(format.quantised and not tensors[name].keeps_own(format) for name, format in formats.items())
     return RTN if rounded else None
 
@@ -232,7 +236,7 @@ def _quality_text(
     try:
         return quality_text(source, options.quality_text, context)
     except LlamaExportError as error:
-        if options.quality_text is not None:
+        if options.quality_text is not None or options.max_kl is not None:  # which is held to what is measured
             raise
         return f"What quantisation cost was not measured: {error}"
 

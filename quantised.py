@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,8 @@ def _calibrated(
             opened = True
             begin("quantise", f"Quantising over {text.tokens:,} tokens of {text.name}")
             yield Quantised(calibrated(run, folder, progress).tensors, record)
-    except AboveLimitError:  # other formats come next, for which nothing of this helps
+    except AboveLimitError:  # other formats come next, if any, for which nothing of this helps
+        shutil.rmtree(work, ignore_errors=True)
         raise
     except BaseException:
         if opened and work.exists():

@@ -128,6 +128,12 @@ def rival(peer: Summary, ours: Sequence[Summary]) -> Summary | None:
     return min((one for one in ours if one.bytes <= peer.bytes), key=lambda one: one.kl.value, default=None)
 
 
+def _of_common(one: Summary, other: Summary) -> float:
+    """The mean of `one`'s KL divergence over what both were measured on."""
+    cells = {cell: values for cell, values in one.cells.items() if cell in other.cells}
+    return float(np.mean([values.mean() for values in by_windows(cells)]))
+
+
 def verdict(gap: Interval) -> str:
     if gap.low <= 0 <= gap.high:
         return "tie"
@@ -176,7 +182,7 @@ def markdown(found: Sequence[Summary], ours: str) -> str:
         gap = difference(best, peer) if best else None
         if best is None or gap is None:
             continue
-        ratio = f"{best.kl.value / peer.kl.value:.2f}"
+        ratio = f"{_of_common(best, peer) / _of_common(peer, best):.2f}"
         told = f"{gap.value:+.3g} ({gap.low:+.3g} to {gap.high:+.3g})"
         rows.append([peer.tool, f"{best.tool}, {best.bytes / 1e6:.1f} MB", ratio, told, verdict(gap)])
     if rows:

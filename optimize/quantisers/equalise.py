@@ -55,12 +55,14 @@ def _by_channel(seam: Seam, squares: torch.Tensor) -> torch.Tensor:
 
 def equalised(sizes: Sizes, formats: Iterable[Format]) -> Float32:
     """The factors [channels] of a seam whose consumers will be stored in `formats`: with weights of 4 bits all columns
-    get the same size. Their geometric mean is 1; channels that nothing reads stay.
+    get the same size. Their geometric mean is 1; channels that nothing reads stay, as do all where
+    nothing is quantised.
     """
-    share = min(_SHARES.get(format.bits, 1.0) for format in formats)
+    shares = [_SHARES[format.bits] for format in formats if format.bits in _SHARES]
     used = (sizes.columns > 0) & (sizes.read > 0) & sizes.columns.isfinite() & sizes.read.isfinite()
-    if not used.any():
+    if not shares or not used.any():
         return torch.ones(len(used)).numpy()
+    share = min(shares)
     wanted = share * sizes.read[used].log() - (1 - share) * sizes.columns[used].log()
     factors = torch.ones_like(sizes.columns)
     factors[used] = (wanted - wanted.mean()).exp().clamp(1 / _MOST, _MOST)

@@ -111,7 +111,8 @@ def gptq(weight: torch.Tensor, inputs: Inputs, format: Format, *, rounds: int = 
     found = search(weight.cpu().numpy(), format, inputs.importance.cpu().numpy())
     middle = 2 ** (format.bits - 1)
     zeros = np.full_like(found.scales, middle) if found.zeros is None else found.zeros.astype(np.float32)
-    grid = _Grid(format, *(torch.from_numpy(part).to(weight.device) for part in (found.scales, zeros)))
+    scales = np.where(found.scales == 0, np.float32(1), found.scales)  # a block of zeros: any scale gives it codes of 0
+    grid = _Grid(format, *(torch.from_numpy(part).to(weight.device) for part in (scales, zeros)))
     codes = _compensated(weight, inputs, grid)
     for _ in range(rounds):
         _fit_scales(weight, inputs.hessian, grid, codes)
